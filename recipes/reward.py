@@ -1,0 +1,100 @@
+"""Training a reward model on preference pairs with the Bradley-Terry loss.
+
+    torchrun --nproc-per-node 8 recipes/reward.py recipes/configs/llama3_8b/reward.toml --optimizer.lr 2e-6
+
+A prompt is computed once and both answers read it. Starts from a language model (fresh head) or a reward model, and
+leaves a `LlamaForSequenceClassification` in OUTPUT/export.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from umedtrain.data.example import encode_preference
+from umedtrain.data.loader import Loader
+from umedtrain.data.sources import load_sources
+from umedtrain.records import read_preferences
+
+from umedtrain.config import (
+    BatchConfig,
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+)
+from umedtrain.distributed.world import World
+from umedtrain.model.heads import RewardModel
+from umedtrain.training.build import build_model, build_tokenizer, export_model
+from umedtrain.training.loop import train
+from umedtrain.training.run import finish_run, launch, start_run
+from umedtrain.training.tasks import RewardTask
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Training a reward model on preference pairs."""
+
+    output: str = "runs/reward"
+    """Folder of the run."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def run(config: RewardConfig, world: World) -> Path:
+    """Train, export, and return the exported directory."""
+    folder = Path(config.output)
+    if not start_run(folder, config, world):
+        return folder / "export"
+
+    tokenizer = build_tokenizer(config.model)
+    encode = partial(
+        encode_preference,
+        tokenizer=tokenizer,
+        max_tokens=config.data.max_tokens,
+        template=config.data.template,
+        trim=config.data.trim,
+    )
+    sources, drops = load_sources(config.data.files, read_preferences, encode)
+    loader = Loader(
+        sources,
+        weights=config.data.weights,
+        batch_size=config.batch.examples,
+        max_tokens=config.batch.micro_batch_tokens,
+        epochs=config.batch.epochs,
+        max_steps=config.batch.max_steps,
+        seed=config.batch.seed,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
+
+    model = build_model(RewardModel, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)
+    totals = train(
+        model,
+        loader,
+        RewardTask(),
+        run=folder,
+        world=world,
+        optimizer_config=config.optimizer,
+        checkpoint_config=config.checkpoint,
+        log_config=config.log,
+    )
+
+    export_model(model, folder / "export", tokenizer, world)
+    finish_run(folder, {**totals, "dropped": drops.summary()}, world)
+    return folder / "export"
+
+
+def main() -> None:
+    """Entry point of `torchrun recipes/reward.py`."""
+    launch(RewardConfig, run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Settings for all tests."""
+
+import pytest
+import torch
+
+from umedtrain.model.config import LlamaConfig, RopeScaling
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread():
+    # Two threads on a busy two-core machine are far slower than one.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_config() -> LlamaConfig:
+    """Grouped queries, untied, with a RoPE scaling that acts within a few tokens."""
+    return LlamaConfig(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16),
+    )

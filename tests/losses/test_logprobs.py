@@ -1,0 +1,108 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from umedtrain.losses import token_logprobs
+
+
+def reference(hidden, weight, targets):
+    logp = (hidden @ weight.T).log_softmax(-1)
+    picked = logp.gather(-1, targets.clamp(min=0)[:, None])[:, 0]
+    return torch.where(targets == -100, torch.zeros_like(picked), picked)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(0, 17),
+    vocab=st.integers(1, 33),
+    chunk=st.integers(1, 9),
+    seed=st.integers(0, 10**6),
+    holes=st.booleans(),
+)
+def test_value_and_gradients_equal_a_full_log_softmax_in_fp64(rows, vocab, chunk, seed, holes):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(vocab, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(vocab, (rows,), generator=generator)
+    if holes:
+        targets[::3] = -100
+    per_row = torch.randn(rows, generator=generator)
+    logp = token_logprobs(hidden, weight, targets, chunk_bytes=4 * vocab * chunk)
+    ours = torch.autograd.grad((logp * per_row).sum(), (hidden, weight))
+    expected = reference(hidden, weight, targets)
+    theirs = torch.autograd.grad((expected * per_row).sum(), (hidden, weight))
+    assert logp.dtype == torch.float32
+    torch.testing.assert_close(logp.double(), expected, rtol=1e-6, atol=1e-6)
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_chunks_do_not_change_a_single_bit_of_the_values():
+    hidden, weight = torch.randn(64, 16), torch.randn(50, 16)
+    targets = torch.randint(50, (64,))
+    runs = [token_logprobs(hidden, weight, targets, chunk_bytes=4 * 50 * rows) for rows in (16, 32, 64)]
+    for run in runs[1:]:
+        torch.testing.assert_close(run, runs[0], rtol=0, atol=2e-6)
+
+
+def test_bf16_weight_gradient_is_summed_in_fp32():
+    # 4096 rows in chunks of 8: a bf16 sum over chunks would lose far more than one final rounding.
+    hidden = torch.randn(4096, 8).bfloat16()
+    weight = torch.randn(11, 8).bfloat16().requires_grad_()
+    targets = torch.randint(11, (4096,))
+    token_logprobs(hidden, weight, targets, chunk_bytes=4 * 11 * 8).sum().backward()
+    exact = weight.detach().double().requires_grad_()
+    reference(hidden.double(), exact, targets).sum().backward()
+    error = (weight.grad.double() - exact.grad).norm() / exact.grad.norm()
+    assert error < 4e-3
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_large_logits_stay_finite(offset):
+    hidden = torch.tensor([[1e4, offset, 1.0]], requires_grad=True)
+    weight = torch.eye(3, requires_grad=True)
+    logp = token_logprobs(hidden, weight, torch.tensor([0]))
+    logp.sum().backward()
+    assert torch.isfinite(logp).all()
+    assert torch.isfinite(hidden.grad).all()
+
+
+def test_no_targets_stay_connected_to_the_graph():
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    token_logprobs(hidden, weight, torch.full((4,), -100)).sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros(4, 3))
+    assert torch.equal(weight.grad, torch.zeros(7, 3))
+
+
+def test_logits_of_all_rows_are_never_held(monkeypatch):
+    largest = 0
+    matmul = torch.Tensor.__matmul__
+
+    def watch(a, b):
+        nonlocal largest
+        out = matmul(a, b)
+        largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", watch)
+    hidden, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    token_logprobs(
+        hidden, weight, torch.zeros(1000, dtype=torch.long), chunk_bytes=4 * 300 * 10
+    ).sum().backward()
+    # The largest product is then a chunk's logits or a gradient, never 1000 x 300.
+    assert largest == max(300 * 10, 1000 * 4 // 100, 300 * 4)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "weight", "targets", "message"),
+    [
+        (torch.zeros(2, 3), torch.zeros(5, 4), torch.zeros(2, dtype=torch.long), "same D"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), torch.zeros(3, dtype=torch.long), "targets_N has shape"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([0, 5]), r"targets_N\[1\] is 5"),
+        (torch.zeros(2, 3), torch.zeros(5, 3), torch.tensor([-1, 0]), r"targets_N\[0\] is -1"),
+    ],
+)
+def test_bad_input_is_named(hidden, weight, targets, message):
+    with pytest.raises(ValueError, match=message):
+        token_logprobs(hidden, weight, targets)

@@ -1,0 +1,1 @@
+"""umedtrain: post-training for Llama-3 on plain PyTorch."""

@@ -1,0 +1,86 @@
+"""Log-probabilities of wanted tokens without ever holding the logits of all tokens.
+
+Shape suffixes: N rows, M rows of one chunk, D hidden size, V vocabulary.
+"""
+
+import torch
+
+IGNORED = -100
+"""The target that means: no target here. Its log-probability is 0 and it sends no gradient."""
+
+
+def token_logprobs(
+    hidden_ND: torch.Tensor,
+    lm_head_weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    chunk_bytes: int = 512 * 2**20,
+) -> torch.Tensor:
+    """log softmax(hidden @ weight.T)[target] for every row, fp32 [N]; 0 where the target is -100.
+
+    Rows without a target are never projected. The others go through in chunks whose fp32 logits take at most
+    `chunk_bytes`; the backward pass makes each chunk's logits again. The softmax is fp32, and so is the sum of the
+    weight's gradient over chunks, which is rounded to the weight's dtype once.
+
+    Args:
+        hidden_ND: hidden states after the final norm, any floating dtype.
+        lm_head_weight_VD: output projection, same dtype as `hidden_ND`.
+        targets_N: int64 token ids, or -100 for none.
+        chunk_bytes: bound on the bytes of one chunk's fp32 logits.
+
+    Raises:
+        ValueError: for shapes that do not fit each other, or a target outside the vocabulary.
+    """
+    if hidden_ND.ndim != 2 or lm_head_weight_VD.ndim != 2 or hidden_ND.shape[1] != lm_head_weight_VD.shape[1]:
+        raise ValueError(
+            f"hidden_ND {tuple(hidden_ND.shape)} and lm_head_weight_VD {tuple(lm_head_weight_VD.shape)} "
+            "must be [N, D] and [V, D] with the same D"
+        )
+    if targets_N.shape != hidden_ND.shape[:1]:
+        raise ValueError(f"targets_N has shape {tuple(targets_N.shape)}, wanted {tuple(hidden_ND.shape[:1])}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    vocab_size = lm_head_weight_VD.shape[0]
+    wanted_N = targets_N != IGNORED
+    outside_N = wanted_N & ((targets_N < 0) | (targets_N >= vocab_size))
+    # Reading the flag would make a GPU wait for the host, so only CPU tensors are checked here; on a GPU the
+    # gather below stops the run with a device-side assertion.
+    if targets_N.device.type == "cpu" and outside_N.any():
+        row = int(outside_N.nonzero()[0])
+        raise ValueError(f"targets_N[{row}] is {int(targets_N[row])}, outside the vocabulary of {vocab_size}")
+    chunk_rows = max(1, chunk_bytes // (4 * vocab_size))
+    rows_M = wanted_N.nonzero()[:, 0]
+    logp_M = _ChunkedLogprobs.apply(hidden_ND[rows_M], lm_head_weight_VD, targets_N[rows_M], chunk_rows)
+    return torch.zeros_like(targets_N, dtype=torch.float32).index_put((rows_M,), logp_M)
+
+
+class _ChunkedLogprobs(torch.autograd.Function):
+    """Rows all have targets here. d logp / d logits = onehot(target) - softmax(logits)."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk_rows):
+        logp_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
+        logsumexp_N = torch.empty_like(logp_N)
+        for start in range(0, len(targets_N), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            logits_MV = (hidden_ND[chunk] @ weight_VD.T).float()
+            logsumexp_N[chunk] = logits_MV.logsumexp(-1)
+            logp_N[chunk] = logits_MV.gather(-1, targets_N[chunk, None])[:, 0] - logsumexp_N[chunk]
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, logsumexp_N)
+        ctx.chunk_rows = chunk_rows
+        return logp_N
+
+    @staticmethod
+    def backward(ctx, grad_N):
+        hidden_ND, weight_VD, targets_N, logsumexp_N = ctx.saved_tensors
+        grad_hidden_ND = torch.empty_like(hidden_ND)
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        for start in range(0, len(targets_N), ctx.chunk_rows):
+            chunk = slice(start, start + ctx.chunk_rows)
+            logits_MV = (hidden_ND[chunk] @ weight_VD.T).float()
+            grad_MV = (logits_MV - logsumexp_N[chunk, None]).exp_().mul_(-grad_N[chunk, None])
+            grad_MV.scatter_add_(-1, targets_N[chunk, None], grad_N[chunk, None])
+            grad_MV = grad_MV.to(weight_VD.dtype)
+            grad_hidden_ND[chunk] = grad_MV @ weight_VD
+            grad_weight_VD += grad_MV.T @ hidden_ND[chunk]
+        return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None

@@ -1,0 +1,1 @@
+"""Llama over packed streams."""
