@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from umedtrain.data.example import encode_preference
-from umedtrain.data.loader import Loader
 from umedtrain.data.sources import load_sources
 from umedtrain.records import read_preferences
 
@@ -26,7 +25,7 @@ from umedtrain.config import (
 )
 from umedtrain.distributed.world import World
 from umedtrain.model.heads import RewardModel
-from umedtrain.training.build import build_model, build_tokenizer, export_model
+from umedtrain.training.build import build_loader, build_model, build_tokenizer, export_model
 from umedtrain.training.loop import train
 from umedtrain.training.run import finish_run, launch, start_run
 from umedtrain.training.tasks import RewardTask
@@ -62,17 +61,7 @@ def run(config: RewardConfig, world: World) -> Path:
         trim=config.data.trim,
     )
     sources, drops = load_sources(config.data.files, read_preferences, encode)
-    loader = Loader(
-        sources,
-        weights=config.data.weights,
-        batch_size=config.batch.examples,
-        max_tokens=config.batch.micro_batch_tokens,
-        epochs=config.batch.epochs,
-        max_steps=config.batch.max_steps,
-        seed=config.batch.seed,
-        rank=world.rank,
-        num_ranks=world.size,
-    )
+    loader = build_loader(sources, config.data, config.batch, world)
 
     model = build_model(RewardModel, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)
     totals = train(

@@ -39,9 +39,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
         return results
 
 
-def _main(
-    rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple
-) -> None:
+def _main(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:
     import torch
 
     from umedtrain.distributed.world import finalize, initialize

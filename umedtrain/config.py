@@ -131,6 +131,24 @@ class LogConfig:
     """Show a progress bar on rank 0."""
 
 
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How completions are drawn."""
+
+    max_tokens: int = 1024
+    """Longest completion, in tokens."""
+    temperature: float = 0.7
+    """0 takes the most likely token every time."""
+    top_p: float = 0.9
+    """Draw from the smallest set of tokens with this much probability."""
+    top_k: int = 0
+    """Draw from this many of the most likely tokens. 0: from all."""
+    n: int = 1
+    """Completions of each prompt."""
+    seed: int = 42
+    """Seed; a prompt's completions depend on it and on the prompt, on nothing else."""
+
+
 def load_config(schema: type[Config], argv: Sequence[str]) -> Config:
     """The config of `argv`: an optional TOML file first, then `--section.key value` options that override it.
 

@@ -87,9 +87,7 @@ def test_logits_of_all_rows_are_never_held(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", watch)
     hidden, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
-    token_logprobs(
-        hidden, weight, torch.zeros(1000, dtype=torch.long), chunk_bytes=4 * 300 * 10
-    ).sum().backward()
+    token_logprobs(hidden, weight, torch.zeros(1000, dtype=torch.long), chunk_bytes=4 * 300 * 10).sum().backward()
     # The largest product is then a chunk's logits or a gradient, never 1000 x 300.
     assert largest == max(300 * 10, 1000 * 4 // 100, 300 * 4)
 

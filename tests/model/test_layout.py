@@ -36,9 +36,7 @@ def test_positions_continue_along_the_path_from_the_root(segments):
         before = sum(segments[ancestor][0] for ancestor in path[1:])
         own = layout.positions_T[layout.segment_of_T == index].tolist()
         assert own == list(range(before, before + length))
-        assert [r[1] - r[0] for r in layout.context_ranges[index]] == [
-            segments[a][0] for a in reversed(path[1:])
-        ]
+        assert [r[1] - r[0] for r in layout.context_ranges[index]] == [segments[a][0] for a in reversed(path[1:])]
 
 
 @pytest.mark.parametrize(

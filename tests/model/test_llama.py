@@ -52,9 +52,7 @@ def test_packed_trees_equal_separate_passes(segments, seed):
         alone = model(tokens[rows], Layout.packed([len(rows)]))
         own = rows[-layout.lengths[segment] :]
         separate = separate.index_put((own,), alone[-len(own) :])
-    separate_grads = torch.autograd.grad(
-        (separate * weights).sum(), tuple(model.parameters()), allow_unused=True
-    )
+    separate_grads = torch.autograd.grad((separate * weights).sum(), tuple(model.parameters()), allow_unused=True)
     torch.testing.assert_close(packed, separate, rtol=1e-5, atol=1e-5)
     for got, wanted in zip(packed_grads, separate_grads, strict=True):
         if wanted is not None:

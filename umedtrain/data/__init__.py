@@ -1,0 +1,1 @@
+"""Records become examples, examples become the micro-batches of training steps."""

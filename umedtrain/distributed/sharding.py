@@ -59,9 +59,7 @@ def checkpoint_layer(layer: Block) -> None:
 
 
 @torch.no_grad()
-def fill_model(
-    model: nn.Module, tensor: Callable[[str, torch.Size], torch.Tensor], device: torch.device
-) -> None:
+def fill_model(model: nn.Module, tensor: Callable[[str, torch.Size], torch.Tensor], device: torch.device) -> None:
     """Give every parameter of a (sharded or plain) meta-device model storage on `device` and its value.
 
     Args:
@@ -94,9 +92,7 @@ def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def gather_model(
-    model: Llama | RewardModel, device: torch.device, *, dtype: torch.dtype
-) -> Llama | RewardModel:
+def gather_model(model: Llama | RewardModel, device: torch.device, *, dtype: torch.dtype) -> Llama | RewardModel:
     """A whole, unsharded copy of a sharded model on every rank, for sampling and scoring.
 
     Takes one copy of the model in `dtype` per rank. Collective: all ranks must call it. The copy does not follow

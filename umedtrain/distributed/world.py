@@ -57,9 +57,7 @@ class World:
                 f"parallel.shard = {shard} does not divide the {self.size} processes that torchrun started; "
                 "change parallel.shard or --nproc-per-node"
             )
-        return init_device_mesh(
-            self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard")
-        )
+        return init_device_mesh(self.device.type, (self.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def initialize(*, timeout_minutes: float = 30.0) -> World:

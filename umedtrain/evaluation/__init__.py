@@ -1,0 +1,1 @@
+"""Benchmarks, answer extraction, votes, reward accuracy, and how sure the figures are."""

@@ -65,9 +65,7 @@ class LlamaConfig:
     @property
     def num_parameters(self) -> int:
         """Number of weights of the language model (tied weights counted once)."""
-        attention = (
-            self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
-        )
+        attention = self.hidden_size * self.head_dim * 2 * (self.num_attention_heads + self.num_key_value_heads)
         layer = attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * layer + self.hidden_size
@@ -103,6 +101,8 @@ def _small(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> Lla
         rope_theta=10_000.0,
         tie_word_embeddings=True,
         max_position_embeddings=1024,
+        # Llama's 0.02 is 1.3 / sqrt(4096); at these widths it leaves attention flat for the first half million tokens.
+        initializer_range=hidden**-0.5,
     )
 
 
@@ -132,11 +132,7 @@ PRESETS: dict[str, LlamaConfig] = {
         max_position_embeddings=131_072,
     ),
     "llama3-8b": _llama3(4096, 14_336, 32, 32, 128),
-    "llama3.1-8b": _llama3(
-        4096, 14_336, 32, 32, 128, rope_scaling=_LLAMA31_ROPE, max_position_embeddings=131_072
-    ),
+    "llama3.1-8b": _llama3(4096, 14_336, 32, 32, 128, rope_scaling=_LLAMA31_ROPE, max_position_embeddings=131_072),
     "llama3-70b": _llama3(8192, 28_672, 80, 64, 128),
-    "llama3.1-70b": _llama3(
-        8192, 28_672, 80, 64, 128, rope_scaling=_LLAMA31_ROPE, max_position_embeddings=131_072
-    ),
+    "llama3.1-70b": _llama3(8192, 28_672, 80, 64, 128, rope_scaling=_LLAMA31_ROPE, max_position_embeddings=131_072),
 }

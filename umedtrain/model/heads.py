@@ -38,9 +38,7 @@ class RewardModel(nn.Module):
     def forward(self, tokens_T: torch.Tensor, layout: Layout) -> torch.Tensor:
         """Rewards, fp32 [N], of the layout's childless segments in stream order."""
         hidden_TD = self.model(tokens_T, layout)
-        last_rows_N = torch.tensor(
-            [layout.last_rows[leaf] for leaf in layout.leaves], device=hidden_TD.device
-        )
+        last_rows_N = torch.tensor([layout.last_rows[leaf] for leaf in layout.leaves], device=hidden_TD.device)
         return self.score(hidden_TD[last_rows_N])
 
     @torch.no_grad()

@@ -7,10 +7,13 @@ answers is three segments, the answers both children of the prompt, and the prom
 Shape suffixes: T tokens of the stream.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
+
+Derived = TypeVar("Derived")
 
 
 class Layout:
@@ -32,18 +35,15 @@ class Layout:
         self.lengths = tuple(int(length) for length in lengths)
         self.parents = tuple(parents)
         self.device = torch.device(device)
+        self._derived: dict[Callable, Any] = {}
         if not self.lengths:
             raise ValueError("a layout needs at least one segment")
         starts, offsets, start = [], [], 0
         for segment, (length, parent) in enumerate(zip(self.lengths, self.parents, strict=True)):
             if length < 1:
-                raise ValueError(
-                    f"segment {segment} has length {length}; every segment needs at least one token"
-                )
+                raise ValueError(f"segment {segment} has length {length}; every segment needs at least one token")
             if parent is not None and not 0 <= parent < segment:
-                raise ValueError(
-                    f"segment {segment} has parent {parent}; a parent must be an earlier segment"
-                )
+                raise ValueError(f"segment {segment} has parent {parent}; a parent must be an earlier segment")
             starts.append(start)
             offsets.append(0 if parent is None else offsets[parent] + self.lengths[parent])
             start += length
@@ -55,9 +55,7 @@ class Layout:
         return cls(lengths, [None] * len(lengths), device=device)
 
     @classmethod
-    def tree(
-        cls, segments: Sequence[tuple[int, int | None]], *, device: torch.device | str = "cpu"
-    ) -> "Layout":
+    def tree(cls, segments: Sequence[tuple[int, int | None]], *, device: torch.device | str = "cpu") -> "Layout":
         """Segments given as (length, index of the parent segment or None)."""
         return cls([length for length, _ in segments], [parent for _, parent in segments], device=device)
 
@@ -76,9 +74,7 @@ class Layout:
         """For each segment, the stream ranges [start, end) of its ancestors, oldest first."""
         ranges: list[tuple[tuple[int, int], ...]] = []
         for parent in self.parents:
-            own = (
-                () if parent is None else ((self.starts[parent], self.starts[parent] + self.lengths[parent]),)
-            )
+            own = () if parent is None else ((self.starts[parent], self.starts[parent] + self.lengths[parent]),)
             ranges.append(() if parent is None else ranges[parent] + own)
         return tuple(ranges)
 
@@ -98,11 +94,15 @@ class Layout:
         """Stream position of each segment's last token."""
         return tuple(start + length - 1 for start, length in zip(self.starts, self.lengths, strict=True))
 
+    def derived(self, compute: Callable[["Layout"], Derived]) -> Derived:
+        """`compute(self)`, kept: what an attention back end works out of a layout serves all layers."""
+        if compute not in self._derived:
+            self._derived[compute] = compute(self)
+        return self._derived[compute]
+
     def to(self, device: torch.device | str) -> "Layout":
         """The same layout with its tensors on another device."""
-        return (
-            self if torch.device(device) == self.device else Layout(self.lengths, self.parents, device=device)
-        )
+        return self if torch.device(device) == self.device else Layout(self.lengths, self.parents, device=device)
 
     def __repr__(self) -> str:
         return f"Layout(lengths={self.lengths}, parents={self.parents})"

@@ -84,9 +84,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout, cache: KVCache | None
-    ) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout, cache: KVCache | None) -> torch.Tensor:
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, layout, cache, self.layer)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
@@ -112,17 +110,13 @@ class Llama(nn.Module):
         """[V, D]: the output projection, which is the embedding itself when the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(
-        self, tokens_T: torch.Tensor, layout: Layout, *, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, tokens_T: torch.Tensor, layout: Layout, *, cache: KVCache | None = None) -> torch.Tensor:
         """Hidden states [T, D] of int64 tokens [T].
 
         With a cache, the stream holds only the new tokens, and attention also sees what the cache holds.
         """
         if tokens_T.shape != (layout.num_tokens,):
-            raise ValueError(
-                f"tokens_T has shape {tuple(tokens_T.shape)}, the layout has {layout.num_tokens} tokens"
-            )
+            raise ValueError(f"tokens_T has shape {tuple(tokens_T.shape)}, the layout has {layout.num_tokens} tokens")
         positions_T = layout.positions_T if cache is None else cache.positions(layout)
         # Recomputed every time (a few microseconds) so that no buffer has to survive meta-device construction,
         # casting or sharding: the angles are always formed in fp32.

@@ -103,7 +103,9 @@ def _claim(folder: Path, identity: dict[str, Any], world: World) -> None:
             before = json.loads(path.read_text(encoding="utf-8"))
             changed = [key for key in identity if before.get(key) != identity[key]]
             if changed:
-                problem = f"{folder} holds a rollout with other {', '.join(changed)}; choose another folder or remove it"
+                problem = (
+                    f"{folder} holds a rollout with other {', '.join(changed)}; choose another folder or remove it"
+                )
         else:
             temporary = path.with_suffix(".partial")
             temporary.write_text(json.dumps(identity), encoding="utf-8")
@@ -122,9 +124,7 @@ def _read_parts(folder: Path) -> list[Row]:
             try:
                 rows.append(json.loads(line))
             except ValueError:
-                raise ValueError(
-                    f"{part}, line {number}: not valid JSON; remove the line to sample it again"
-                ) from None
+                raise ValueError(f"{part}, line {number}: not valid JSON; remove the line to sample it again") from None
     return rows
 
 

@@ -1,12 +1,15 @@
-"""From a config to a sharded model with its weights, and back to a Hugging Face directory."""
+"""From a config to a tokenizer, a loader and a sharded model with its weights; and back to a Hugging Face directory."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
-from umedtrain.config import ModelConfig, ParallelConfig
+from umedtrain.config import BatchConfig, DataConfig, ModelConfig, ParallelConfig
+from umedtrain.data.example import Example
+from umedtrain.data.loader import Loader
 from umedtrain.distributed.sharding import fill_model, full_tensors, shard_model
 from umedtrain.distributed.world import World
 from umedtrain.model.config import PRESETS, LlamaConfig
@@ -21,10 +24,23 @@ Model = TypeVar("Model", Llama, RewardModel)
 def build_tokenizer(config: ModelConfig) -> Tokenizer:
     """The tokenizer that the config names, by default the checkpoint's own."""
     if not (config.tokenizer or config.path):
-        raise ValueError(
-            "model.tokenizer is empty: name a tokenizer directory or file, or a checkpoint in model.path"
-        )
+        raise ValueError("model.tokenizer is empty: name a tokenizer directory or file, or a checkpoint in model.path")
     return load_tokenizer(config.tokenizer or config.path)
+
+
+def build_loader(sources: Sequence[Sequence[Example]], data: DataConfig, batch: BatchConfig, world: World) -> Loader:
+    """This rank's loader over the examples of each of the config's files."""
+    return Loader(
+        sources,
+        weights=data.weights,
+        batch_size=batch.examples,
+        max_tokens=batch.micro_batch_tokens,
+        epochs=batch.epochs,
+        max_steps=batch.max_steps,
+        seed=batch.seed,
+        rank=world.rank,
+        num_ranks=world.size,
+    )
 
 
 def build_model(

@@ -14,11 +14,14 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from umedtrain.distributed.world import World
 
 _PARTIAL = ".partial"
+# DCP wraps whatever a rank's storage raised, and does not derive its wrapper from Exception.
+_STORAGE_ERRORS = (Exception, CheckpointException)
 
 
 class CheckpointWriteError(RuntimeError):
@@ -48,14 +51,10 @@ class Checkpoints:
         if name is None:
             return None
         if not (self.directory / name / ".metadata").exists():
-            raise ValueError(
-                f"{pointer} names {name}, which is not a complete checkpoint; remove or mend {pointer}"
-            )
+            raise ValueError(f"{pointer} names {name}, which is not a complete checkpoint; remove or mend {pointer}")
         return self.directory / name
 
-    def save(
-        self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
-    ) -> Path:
+    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, progress: dict[str, Any]) -> Path:
         """Write the state after `step` optimizer steps. Collective.
 
         Raises:
@@ -97,9 +96,7 @@ class Checkpoints:
         """Load model, optimizer and this rank's random state from `path`; returns the saved progress. Collective."""
         model_state, optimizer_state = get_state_dict(model, optimizer)
         saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        progress: dict[str, Any] = {
-            key.removeprefix("progress."): None for key in saved if key.startswith("progress.")
-        }
+        progress: dict[str, Any] = {key.removeprefix("progress."): None for key in saved if key.startswith("progress.")}
         state = {"model": model_state, "optimizer": optimizer_state, "progress": progress}
         # Another number of ranks than the one that saved: the others start with fresh random states.
         rng = {key: value for key, value in self._rng_state().items() if key in saved}

@@ -140,9 +140,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
     return float(norm)
 
 
-def _resume(
-    checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader
-) -> int:
+def _resume(checkpoints: Checkpoints, model: nn.Module, optimizer: torch.optim.Optimizer, loader: Loader) -> int:
     """Load the last checkpoint if there is one; returns the number of steps already done."""
     path = checkpoints.latest()
     if path is None:

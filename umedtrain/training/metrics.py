@@ -22,9 +22,7 @@ class Metrics:
             checkpoint, are cut away, so that every step stands in the file once.
     """
 
-    def __init__(
-        self, run: Path, world: World, config: LogConfig, *, start_step: int, num_steps: int
-    ) -> None:
+    def __init__(self, run: Path, world: World, config: LogConfig, *, start_step: int, num_steps: int) -> None:
         self.config, self.active = config, world.is_main
         if not self.active:
             return
@@ -46,9 +44,7 @@ class Metrics:
         if not self.active:
             return
         self.bar.update(1)
-        self.bar.set_postfix(
-            {"loss": f"{values['loss']:.4f}", "tok/s": f"{values['tokens_per_second']:,.0f}"}
-        )
+        self.bar.set_postfix({"loss": f"{values['loss']:.4f}", "tok/s": f"{values['tokens_per_second']:,.0f}"})
         if step % self.config.every_steps:
             return
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -73,9 +69,7 @@ def describe_environment(world: World) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "platform": platform.platform(),
-        "device": torch.cuda.get_device_name(world.device)
-        if world.device.type == "cuda"
-        else platform.machine(),
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine(),
         "ranks": world.size,
         "threads_per_rank": torch.get_num_threads(),
         "command": sys.argv,

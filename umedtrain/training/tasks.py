@@ -34,9 +34,7 @@ class Task(Protocol):
 def batch_logprobs(model: nn.Module, batch: Batch, *, chunk_bytes: int) -> torch.Tensor:
     """fp32 [N]: log-probability of each target of the batch."""
     hidden_TD = model(batch.tokens_T, batch.layout)
-    return token_logprobs(
-        hidden_TD[batch.rows_N], model.lm_head_weight, batch.targets_N, chunk_bytes=chunk_bytes
-    )
+    return token_logprobs(hidden_TD[batch.rows_N], model.lm_head_weight, batch.targets_N, chunk_bytes=chunk_bytes)
 
 
 def segment_sums(logp_N: torch.Tensor, batch: Batch) -> torch.Tensor:

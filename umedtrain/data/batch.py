@@ -1,0 +1,99 @@
+"""A micro-batch: the tokens of some examples as one packed stream, and which rows predict which targets.
+
+Shape suffixes: T tokens of the stream, N targets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from umedtrain.data.example import Example
+from umedtrain.model.layout import Layout
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        tokens_T: int64, ids of the stream.
+        layout: which token sees which; the segments of the examples, in their order.
+        rows_N: int64, row of the stream that predicts each target: the token before it, which for the first
+            token of a child segment is its parent's last token. A prompt's last row thus appears once per
+            answer.
+        targets_N: int64, ids to be predicted.
+        segment_of_N: int64, the layout's segment that each target stands in.
+        num_examples: how many examples the batch holds; may be 0.
+        num_tokens: tokens of the examples; 0 in a batch without examples, whose one token is a filler.
+    """
+
+    tokens_T: torch.Tensor
+    layout: Layout
+    rows_N: torch.Tensor
+    targets_N: torch.Tensor
+    segment_of_N: torch.Tensor
+    num_examples: int
+    num_tokens: int
+
+    @property
+    def num_targets(self) -> int:
+        """N: how many tokens are to be predicted."""
+        return len(self.targets_N)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch with its tensors on another device."""
+        return replace(
+            self,
+            tokens_T=self.tokens_T.to(device),
+            layout=self.layout.to(device),
+            rows_N=self.rows_N.to(device),
+            targets_N=self.targets_N.to(device),
+            segment_of_N=self.segment_of_N.to(device),
+        )
+
+
+def collate(examples: Sequence[Example]) -> Batch:
+    """Pack examples into a batch, nothing padded.
+
+    Without examples the batch holds one filler token and no target, for every rank must run the same number
+    of forward passes even when there are fewer examples than ranks.
+    """
+    segments: list[tuple[int, int | None]] = []
+    tokens: list[np.ndarray] = []
+    rows: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    segment_of: list[np.ndarray] = []
+    last_rows: list[int] = []
+    start = 0
+    for example in examples:
+        base = len(segments)
+        for segment in example.segments:
+            parent = None if segment.parent is None else base + segment.parent
+            places = np.flatnonzero(segment.loss_mask)
+            if parent is None:
+                places = places[places > 0]
+            predicting = start + places - 1
+            if parent is not None:
+                predicting[places == 0] = last_rows[parent]
+            rows.append(predicting)
+            targets.append(segment.tokens[places])
+            segment_of.append(np.full(len(places), len(segments)))
+            segments.append((len(segment.tokens), parent))
+            tokens.append(segment.tokens)
+            start += len(segment.tokens)
+            last_rows.append(start - 1)
+    return Batch(
+        tokens_T=_int64(tokens or [np.zeros(1)]),
+        layout=Layout.tree(segments or [(1, None)]),
+        rows_N=_int64(rows),
+        targets_N=_int64(targets),
+        segment_of_N=_int64(segment_of),
+        num_examples=len(examples),
+        num_tokens=start,
+    )
+
+
+def _int64(pieces: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64))
