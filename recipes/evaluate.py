@@ -58,8 +58,8 @@ class EvaluateConfig:
     """`n` samples per question besides the greedy answer; 0 for the greedy answer only."""
 
 
-def run(config: EvaluateConfig, world: World) -> dict[str, Any]:
-    """Evaluate, write the results, and return them."""
+def run(config: EvaluateConfig, world: World, *, show: bool = True) -> dict[str, Any]:
+    """Evaluate, write the results, print them if asked to, and return them."""
     folder = Path(config.output)
     results: dict[str, Any] = {"questions": {}, "preferences": {}}
     start_run(folder, config, world)
@@ -88,7 +88,8 @@ def run(config: EvaluateConfig, world: World) -> dict[str, Any]:
     if world.is_main:
         write_results(folder / "results.json", results)
         (folder / "results.md").write_text(report(results), encoding="utf-8")
-        print(report(results))
+        if show:
+            print(report(results))
     finish_run(folder, {name: len(results[name]) for name in results}, world)
     return results
 
@@ -181,6 +182,9 @@ def report(results: dict[str, Any]) -> str:
         ]
         rows.append(["majority class", result["majority_class"], None, None])
         rows.append(["chance", result["chance"], None, None])
+        if result["reward_accuracy"]:
+            figure = result["reward_accuracy"]
+            rows.append(["right-wrong pairs ranked rightly", figure["value"], figure["low"], figure["high"]])
         unread = ", ".join(f"{kind} {share:.1%}" for kind, share in result["unparsed"].items())
         cut = ", ".join(f"{kind} {share:.1%}" for kind, share in result["truncated"].items())
         parts.append(

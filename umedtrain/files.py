@@ -134,7 +134,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if number == 1:
-                line = line
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield number, _parse_line(path, number, line)
 

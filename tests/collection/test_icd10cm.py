@@ -25,9 +25,7 @@ def titles():
 
 
 def rows_of(directory, split):
-    return [
-        json.loads(line) for line in (directory / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    return [json.loads(line) for line in (directory / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def category_of(row):
@@ -85,9 +83,7 @@ def test_chapters_are_even_where_they_can_be(built):
         counts = Counter(row["answer"] for row in rows_of(directory, split))
         if split == "online":
             continue
-        assert card["splits"][split]["chapters"] == {
-            label: counts[label] for label in icd10cm.LABELS.values()
-        }
+        assert card["splits"][split]["chapters"] == {label: counts[label] for label in icd10cm.LABELS.values()}
         assert max(counts.values()) / SIZES[split] == pytest.approx(
             card["splits"][split]["majority_class_share"], abs=1e-4
         )
@@ -125,9 +121,7 @@ def test_titles_stand_alone(titles):
         assert len(title.text) <= icd10cm.MAX_TITLE_CHARACTERS
         assert title.code[:3] == title.category
         if title.text == icd.get_description(title.code) and title.code != title.category:
-            shared = icd10cm.content_words(title.text) & icd10cm.content_words(
-                icd.get_description(title.category)
-            )
+            shared = icd10cm.content_words(title.text) & icd10cm.content_words(icd.get_description(title.category))
             assert shared, title
 
 

@@ -44,9 +44,10 @@ def test_weight_two_and_a_half():
 
 
 def test_ten_epochs_at_a_tenth_are_one_pass():
-    # 10 * (0.1 * 3) is below 3 in binary fractions.
     seen = [example for epoch in epochs(Mixture([3], [0.1], seed=0), 10) for example in epoch]
     assert sorted(seen) == [0, 1, 2]
+    # The binary fraction nearest to 0.3 is a little less than 0.3.
+    assert Mixture([1], [0.3]).start(10) == 3
 
 
 @given(sizes_and_weights, st.integers(0, 100))
@@ -79,8 +80,10 @@ def test_order_depends_on_seed_and_epoch_only():
     assert order(5) == order(5)
     assert order(5) != order(6)
     assert order(5)[0] != order(5)[1]
+    # Where the second source's examples stand differs too.
+    first, second = epochs(Mixture([50, 20], seed=5), 2)
+    assert [example >= 50 for example in first] != [example >= 50 for example in second]
     # The sources are mixed: both halves of an epoch hold examples of the second.
-    first = order(5)[0]
     assert any(example >= 50 for example in first[:30])
     assert any(example >= 50 for example in first[30:])
 

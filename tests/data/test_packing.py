@@ -70,6 +70,21 @@ def test_first_fit_helps_where_even_loads_do_not_fit():
     assert pack([3, 3, 2, 2, 2], max_tokens=6, num_ranks=1) == [[[0, 1], [2, 3, 4]]]
 
 
+@pytest.mark.parametrize(
+    "lengths, plan",
+    [
+        # The longest goes first, though it stands last.
+        ([1, 1, 4], [[[2]], [[0, 1]]]),
+        # A full bin is no reason to give up even loads.
+        ([10, 4, 4], [[[0]], [[1]], [[2]]]),
+        # The rank with the fuller bin of the first round gets the emptier one of the second.
+        ([10, 6, 6, 2], [[[0], [3]], [[1], [2]]]),
+    ],
+)
+def test_even_loads(lengths, plan):
+    assert pack(lengths, max_tokens=10, num_ranks=len(plan)) == plan
+
+
 def test_packing_is_dense_and_even():
     lengths = [(37 * i) % 900 + 100 for i in range(512)]
     plan = pack(lengths, max_tokens=8192, num_ranks=8)

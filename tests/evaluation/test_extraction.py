@@ -29,9 +29,12 @@ STATEMENTS = [
     ("The answer is [D]", "D"),
     ("[So, the answer is C.]", "C"),
     ("The answer is most likely C.", "C"),
+    ("The answer is therefore C.", "C"),
     ("The answer would be D", "D"),
     ("The best answer choice is D.", "D"),
     ("The answer to this question is B.", "B"),
+    ("The answers to A and B are wrong. The answer is C.", "C"),
+    ("Answer: It is pneumonia, without doubt.\n\nC. Azithromycin", "C"),
     ('The answer is "B".', "B"),
     ("The answer is C because it covers atypical bacteria.", "C"),
     ("The answer is C, which covers atypical bacteria.", "C"),
@@ -46,6 +49,7 @@ STATEMENTS = [
     ("So, the answer is C. So, the answer is C.", "C"),
     # several
     ("So, the answer is B. So, the answer is C.", None),
+    ("So, the answer is B.\nSo, the answer is C.", None),
     ("So, the answer is A, C, and D.", None),
     ("The answer is A and C.", None),
     ("The answer is A or B.", None),
@@ -57,6 +61,12 @@ STATEMENTS = [
     ("The answers are A and D.", None),
     ("The answer is (A) and (C).", None),
     ("The answer is option A and option C.", None),
+    ("The answer is A as well as C.", None),
+    ("The answer is A, along with C.", None),
+    ("The answer is aspirin plus azithromycin.", None),
+    ("The answer is aspirin as well as azithromycin.", None),
+    ("The answer is C and not B.", "C"),
+    ("The answer is C and the reason is simple.", "C"),
     # negated, conditional, asked
     ("The answer is not B.", None),
     ("The answer isn't B.", None),
@@ -79,6 +89,7 @@ STATEMENTS = [
     ("The answer is C-reactive protein.", None),
     ("The answer is vitamin D.", None),
     ("The answer is D-dimer.", None),
+    ("The answer is C. difficile.", None),
     ("The answer is I think C.", None),
     ("The answer is Cocaine.", None),
     ("The answer is E.", None),
@@ -165,9 +176,7 @@ def test_traps_on_four_options(text, letter):
     assert extract_letter(text, 4, DRUGS) == letter
 
 
-@pytest.mark.parametrize(
-    "text,letter", [("So, the answer is E.", "E"), ("So, the answer is F.", None), ("E", "E")]
-)
+@pytest.mark.parametrize("text,letter", [("So, the answer is E.", "E"), ("So, the answer is F.", None), ("E", "E")])
 def test_letters_past_d(text, letter):
     assert extract_letter(text, 5, (*DRUGS, "Digoxin")) == letter
 
@@ -208,6 +217,11 @@ def test_opening_yes_is_only_for_yes_no_maybe():
 )
 def test_options_inside_options(text, letter):
     assert extract_letter(text, 4, ("Iron", "Iron deficiency", "0.5 mg", "Both A and B")) == letter
+
+
+@pytest.mark.parametrize("text,letter", [("iron and zinc.", "B"), ("iron, zinc, copper", "C"), ("iron.", "A")])
+def test_the_longest_option_text_that_fits(text, letter):
+    assert extract_letter(f"The answer is {text}", 3, ("Iron", "Iron and zinc", "Iron, zinc, copper")) == letter
 
 
 def test_text_that_two_options_share_needs_its_letter():

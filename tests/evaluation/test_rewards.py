@@ -84,7 +84,9 @@ def test_spearman_within_prompts():
     value, n = spearman_within(prompts + constant)
     assert (value, n) == (pytest.approx(np.mean(ranks)), 10)
     for rewards, lengths in [([1.0, 2.0], [3, 9]), ([2.0, 1.0], [3, 9])]:
-        assert spearman_within([(rewards, lengths)])[0] == scipy.stats.spearmanr(rewards, lengths).statistic
+        assert spearman_within([(rewards, lengths)])[0] == pytest.approx(
+            scipy.stats.spearmanr(rewards, lengths).statistic
+        )
     assert spearman_within(constant) == (None, 0)
     # across prompts the correlation is 1, within each it is -1
     assert spearman_within([([2.0, 1.0], [10, 20]), ([9.0, 8.0], [100, 200])]) == (-1.0, 2)

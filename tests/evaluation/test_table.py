@@ -31,8 +31,7 @@ def test_text():
 
 def test_markdown():
     assert markdown_table(COLUMNS, ROWS) == (
-        "| model | accuracy | n |\n"
-        "| --- | ---: | ---: |\n| SFT | 0.723 [0.690, 0.753] | 800 |\n| a\\|b | - | 80 |\n"
+        "| model | accuracy | n |\n| --- | ---: | ---: |\n| SFT | 0.723 [0.690, 0.753] | 800 |\n| a\\|b | - | 80 |\n"
     )
 
 

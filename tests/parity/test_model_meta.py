@@ -12,9 +12,7 @@ from tests.ranks import run_ranks
 from umedtrain.model.layout import Layout
 from umedtrain.weights import load_model
 
-SIZES = dict(
-    dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=102, multiple_of=8, norm_eps=1e-5, rope_theta=5e5
-)
+SIZES = dict(dim=32, n_layers=2, n_heads=4, n_kv_heads=2, vocab_size=102, multiple_of=8, norm_eps=1e-5, rope_theta=5e5)
 CASES = {
     "llama3": SIZES | dict(ffn_dim_multiplier=1.3),
     "llama3.1": SIZES | dict(use_scaled_rope=True),

@@ -126,9 +126,7 @@ def test_export_loads_there_and_comes_back(pair, tmp_path):
     exported, report = LlamaForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(report.values()), report
     tokens_T = random_tokens(48)
-    torch.testing.assert_close(
-        their_logits(exported, tokens_T), our_logits(ours, tokens_T), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(their_logits(exported, tokens_T), our_logits(ours, tokens_T), atol=1e-5, rtol=0)
     exported.save_pretrained(tmp_path / "again")
     again = load_model(tmp_path / "again")
     assert again.config == ours.config

@@ -48,9 +48,7 @@ def test_export_scores_the_same_there(shape, tmp_path):
     ours = RewardModel(config)
     ours.init_weights(seed=3)
     save_model(ours, tmp_path / "export")
-    exported, report = LlamaForSequenceClassification.from_pretrained(
-        tmp_path / "export", output_loading_info=True
-    )
+    exported, report = LlamaForSequenceClassification.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not any(report.values()), report
     assert exported.config.num_labels == 1
     tokens_T = random_tokens(30)

@@ -65,9 +65,7 @@ def test_long_texts_are_cut_in_the_same_places(ours, meta, unit):
 
 def test_random_runs_are_cut_in_the_same_places(ours, meta):
     rng = random.Random(0)
-    text = "".join(
-        rng.choice(" \n\txyé") * rng.choice([1, 7, 24_999, 25_000, 25_001, 50_001]) for _ in range(30)
-    )
+    text = "".join(rng.choice(" \n\txyé") * rng.choice([1, 7, 24_999, 25_000, 25_001, 50_001]) for _ in range(30))
     assert ours.encode(text) == meta.encode(text, bos=False, eos=False)
 
 

@@ -1,12 +1,12 @@
 """Reading Hugging Face directories, whole ones and broken ones."""
 
 import json
-import os
+from pathlib import Path
 
 import pytest
 import torch
 
-from tests.weights.samples import TINY, assert_same_parameters, edit_safetensors, random_model
+from tests.weights.samples import assert_same_parameters, edit_safetensors, random_model
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.llama import Llama
 from umedtrain.weights import CheckpointError, load_model, open_checkpoint, save_model, save_stream
@@ -60,19 +60,16 @@ def test_names_are_the_models_in_its_order(sharded):
         checkpoint.tensor("model.norm.weight")
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
 def test_tensors_are_views_of_the_file(whole):
     """Taking a few rows must not read the tensor: its storage is the mapped file, not memory of its own."""
-    maps = open("/proc/self/maps").read() if os.path.exists("/proc/self/maps") else ""
-    if not maps:
-        pytest.skip("no /proc here")
-    checkpoint = open_checkpoint(whole)
-    address = checkpoint.tensor("embed_tokens.weight").data_ptr()
-    for line in open("/proc/self/maps"):
+    tensor = open_checkpoint(whole).tensor("embed_tokens.weight")
+    for line in Path("/proc/self/maps").read_text().splitlines():
         start, end = (int(part, 16) for part in line.split()[0].split("-"))
-        if start <= address < end:
-            assert line.rstrip().endswith("model.safetensors")
+        if start <= tensor.data_ptr() < end:
+            assert line.endswith("model.safetensors")
             return
-    raise AssertionError("address is not mapped")
+    raise AssertionError("the tensor's address is not mapped")
 
 
 def test_end_ids_are_the_union_of_both_files(whole):
@@ -133,7 +130,7 @@ BROKEN_WHOLE = {
         "model.safetensors: damaged or incomplete",
     ),
     "not_safetensors": (lambda d: (d / "model.safetensors").write_text("x" * 99), "damaged or incomplete"),
-    "missing": (edit_whole(lambda t: t.pop(Q)), "tensor layers.1.self_attn.q_proj.weight is missing"),
+    "missing": (edit_whole(lambda t: t.pop(Q)), "tensor model.layers.1.self_attn.q_proj.weight is missing"),
     "untied_without_head": (edit_whole(lambda t: t.pop("lm_head.weight")), "lm_head.weight is missing"),
     "unexpected": (
         edit_whole(lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(16)})),
@@ -172,10 +169,8 @@ BROKEN_SHARDED = {
         "tensor model.embed_tokens.weight is missing, though model.safetensors.index.json lists it",
     ),
     "tensor_in_two_shards": (
-        lambda d: edit_safetensors(
-            first_shard(d), lambda t: t.update({"lm_head.weight": torch.ones(60, 16)})
-        ),
-        "tensor lm_head.weight is also in model-00001-of-",
+        lambda d: edit_safetensors(first_shard(d), lambda t: t.update({"lm_head.weight": torch.ones(60, 16)})),
+        "tensor lm_head.weight is also in model-000",
     ),
 }
 
@@ -204,9 +199,7 @@ def assert_refused(directory, problem):
 
 def test_reward_model_with_two_labels(tmp_path):
     save_model(random_model(RewardModel), tmp_path / "model")
-    edit_safetensors(
-        tmp_path / "model" / "model.safetensors", lambda t: t.update({"score.weight": torch.ones(2, 16)})
-    )
+    edit_safetensors(tmp_path / "model" / "model.safetensors", lambda t: t.update({"score.weight": torch.ones(2, 16)}))
     with pytest.raises(CheckpointError, match=r"score\.weight: shape \[2, 16\] found, \[1, 16\] wanted"):
         load_model(tmp_path / "model")
 
@@ -216,7 +209,3 @@ def test_paths_that_are_no_checkpoint(name, tmp_path):
     (tmp_path / "file.bin").write_text("x")
     with pytest.raises(CheckpointError, match="no such checkpoint directory"):
         open_checkpoint(tmp_path / name)
-
-
-def test_config_is_checked_before_anything_is_built():
-    assert TINY.num_parameters == sum(parameter.numel() for parameter in random_model().parameters())

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from umedtrain.records import write_jsonl
+from umedtrain.files import write_jsonl
 
 LABELS = {
     1: "Infections",
@@ -116,7 +116,7 @@ def build(
         directory: made if it does not exist.
         seed: decides which categories, titles and phrasings go where.
         shares: share of every chapter's categories for each split; at most 1 in sum.
-        sizes: questions of each split, spread evenly over chapters, and over a chapter's categories, if they allow.
+        sizes: questions of each split, spread as evenly as can be over chapters and their categories.
 
     Raises:
         ValueError: for shares or sizes that cannot be met, or when `simple-icd-10-cm` is not installed.
@@ -168,7 +168,7 @@ def usable_titles() -> tuple[list[Title], dict[str, int]]:
     dropped: Counter[str] = Counter()
     groups: dict[str, list[Title]] = defaultdict(list)
     chapter, category, category_words = 0, "", frozenset()
-    for code in icd.get_all_codes(True):
+    for code in dict.fromkeys(icd.get_all_codes(True)):  # a category that is a block of its own is listed twice
         if icd.is_chapter(code):
             chapter = int(code)
         # A code of seven characters adds an episode of care ("initial encounter") to its parent's title.
@@ -176,7 +176,6 @@ def usable_titles() -> tuple[list[Title], dict[str, int]]:
             continue
         name = icd.get_description(code)
         texts = list(icd.get_inclusion_term(code))
-        # Asked by its shape: a category that is a block of its own (B10) does not count as a category there.
         if len(code) == 3:
             category, category_words = code, content_words(name)
             texts.insert(0, name)

@@ -64,10 +64,8 @@ class Mixture:
 
     def epoch_of(self, position: int) -> int:
         """The epoch that holds the example at a position of the whole sequence."""
+        # Each source's share is rounded down, so the estimate may be early but never late.
         epoch = math.floor(position / sum(self._per_epoch))
-        # Rounding down each source's share leaves the estimate at most a little early or late.
-        while self.start(epoch) > position:
-            epoch -= 1
         while self.start(epoch + 1) <= position:
             epoch += 1
         return epoch

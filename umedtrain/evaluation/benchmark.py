@@ -35,6 +35,8 @@ class BenchmarkScores:
         chance: expected score of a random option; for open questions, of a random one of all right answers.
         majority_class: score of always giving the most frequent right answer.
         samples: completions per question besides the greedy one.
+        reward_accuracy: for each question with right and wrong samples, the share of pairs of a right and a wrong
+            sample that the rewards rank rightly (ties half); None without rewards.
     """
 
     scores: dict[str, tuple[float, ...]]
@@ -43,6 +45,7 @@ class BenchmarkScores:
     chance: float
     majority_class: float
     samples: int
+    reward_accuracy: tuple[float, ...] | None
 
     def estimates(self) -> dict[str, Estimate]:
         """Each method's mean with its 95% interval."""
@@ -58,6 +61,7 @@ class BenchmarkScores:
             "accuracy": {method: estimate.as_dict() for method, estimate in self.estimates().items()},
             "unparsed": self.unparsed,
             "truncated": self.truncated,
+            "reward_accuracy": mean_interval(self.reward_accuracy).as_dict() if self.reward_accuracy else None,
             "scores": {method: list(values) for method, values in self.scores.items()},
         }
 
@@ -82,6 +86,7 @@ def score_benchmark(
     gold = [right_answer(question) for question in questions]
     read = [_read(question, row) for question, row in zip(questions, greedy, strict=True)]
     scores = {"greedy": tuple(float(answers[0] == right) for (answers, _), right in zip(read, gold, strict=True))}
+    reward_accuracy = None
     unparsed, truncated = {"greedy": _share_unparsed(read)}, {"greedy": _share_truncated(read)}
     if samples is not None:
         read = [_read(question, row) for question, row in zip(questions, samples, strict=True)]
@@ -91,6 +96,8 @@ def score_benchmark(
         ]
         sampled = score_samples(pool, seed=seed)
         scores |= {method: values for method, values in sampled.scores.items() if method in METHODS}
+        if rewards is not None:
+            reward_accuracy = tuple(share for item in pool if (share := _ranked_rightly(item)) is not None)
         unparsed["samples"], truncated["samples"] = _share_unparsed(read), _share_truncated(read)
     options = [len(question.options) or len(set(gold)) for question in questions]
     return BenchmarkScores(
@@ -99,8 +106,21 @@ def score_benchmark(
         truncated=truncated,
         chance=chance(options),
         majority_class=majority_class(gold)[1],
+        reward_accuracy=reward_accuracy,
         samples=0 if samples is None else len(samples[0]["answers"]),
     )
+
+
+def _ranked_rightly(item: Samples) -> float | None:
+    """Share of pairs of a different right and wrong answer that are ranked rightly; equal pairs count once."""
+    pairs = {
+        (good, bad, answer)
+        for good, right in zip(item.rewards, item.answers, strict=True)
+        for bad, answer in zip(item.rewards, item.answers, strict=True)
+        if right == item.gold and answer != item.gold
+    }
+    shares = [1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad, _ in sorted(pairs, key=repr)]
+    return sum(shares) / len(shares) if shares else None
 
 
 _Read = tuple[tuple[str | None, ...], tuple[bool, ...]]

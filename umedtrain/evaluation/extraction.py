@@ -40,7 +40,7 @@ _INSTEAD = re.compile(r"(?i)\s*not\s+(?:option\s+)?\(?[A-Z]\)?\s*,?\s*(?:but(?:\
 _ABOUT = re.compile(r"(?i)\s*(?:based|consistent|supported|correct|right|clear|obvious|explained|confirmed)(?!\w)")
 _SPACE = re.compile(r"""[\s:"'“‘]*""")
 _LEAD = re.compile(
-    r"""(?ix) (?: [\s:"'“‘]+ | as\s+follows(?!\w) | (?:most\s+)?(?:likely|probably|clearly|definitely)(?!\w)
+    r"""(?ix) (?: [\s:"'“‘]+ | as\s+follows(?!\w) | (?:most\s+)?(?:likely|probably|clearly|definitely|therefore)(?!\w)
         | (?:either|both)(?!\w)
         | (?:the\s+)?(?:correct\s+)?(?:option|choice|letter)(?=\s*[:(\[]|\s+[a-z](?!\w)) )*"""
 )
@@ -55,11 +55,12 @@ _LETTER = re.compile(rf"(?x) ([A-Z]) (?: {_BOUNDARY} | (?=\s+(?:and|or|nor)(?!\w
 _INITIAL = re.compile(r"([A-Z])(?!\w)")
 _AFTER_LETTER = re.compile(r"""[\s.):\]\-–—,("']*""")
 _ANOTHER = re.compile(
-    rf"""(?x) [)\]]? (?: \s*,?\s*(?:and|or|nor)\s+ | \s*[,/&]\s* | \s*\((?:and|or)\s+ )
+    rf"""(?x) [)\]]? (?: \s*,?\s*(?:and|or|nor|plus|as\s+well\s+as|(?:along|together)\s+with)\s+
+          | \s*[,/&]\s* | \s*\((?:and|or)\s+ )
         (?:(?:option|choice|possibly|maybe)\s+)? \(?
         ([A-Z]) (?: {_BOUNDARY} | (?=\s+(?:and|or|nor)(?!\w)) )"""
 )
-_AND_OR = re.compile(r"(?i)\s*,?\s*(?:(?:and|or)(?!\w)|[/&])")
+_AND_OR = re.compile(r"(?i)\s*,?\s*(?:(?:and|or|plus|as\s+well\s+as|(?:along|together)\s+with)(?!\w)|[/&])")
 
 _CHOICE = re.compile(
     r"""(?x)

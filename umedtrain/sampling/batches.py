@@ -116,9 +116,8 @@ def plan_batches(requests: Sequence[Request], *, max_rows: int, max_cache_tokens
         fitting = (max_cache_tokens - len(request.ids)) // request.limit
         if fitting < 1:
             raise ValueError(
-                f"prompts[{request.index}] with {len(request.ids)} tokens and max_tokens = {request.limit} needs "
-                f"a cache for {len(request.ids) + request.limit} tokens, but cache_bytes has room for "
-                f"{max_cache_tokens}; raise cache_bytes or lower max_tokens"
+                f"prompts[{request.index}] needs a cache for {len(request.ids)} tokens and {request.limit} new ones, "
+                f"but cache_bytes has room for {max_cache_tokens} in all; raise cache_bytes or lower max_tokens"
             )
         most = min(max_rows, fitting)
         for first in range(0, request.params.n, most):

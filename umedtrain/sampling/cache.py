@@ -37,8 +37,8 @@ class SharedPromptCache:
         self.capacity, self.used = capacity, 0
         self.lengths_P = torch.tensor(lengths, device=device)
         self.samples = int(sample_R.max()) + 1
-        beyond_PC = torch.arange(max(lengths), device=device) >= self.lengths_P[:, None]
-        self.bias_PC = torch.zeros(beyond_PC.shape, device=device).masked_fill_(beyond_PC, -torch.inf)
+        self.longest = max(lengths)
+        self._bias: torch.Tensor | None = None
         self.prompt_keys: list[torch.Tensor] = []  # per layer [P, G, C, K]
         self.prompt_values: list[torch.Tensor] = []
         self.own_keys: list[torch.Tensor] = []  # per layer [P, G, N, capacity, K]
@@ -77,9 +77,9 @@ class SharedPromptCache:
         self, layer: int, q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGK: torch.Tensor, layout: Layout
     ) -> torch.Tensor:
         if layer == len(self.prompt_keys):
-            num_prompts, longest = self.bias_PC.shape
-            prompt_shape = (num_prompts, k_TGK.shape[1], longest, k_TGK.shape[2])
-            own_shape = (num_prompts, k_TGK.shape[1], self.samples, self.capacity, k_TGK.shape[2])
+            num_prompts, (_, heads, head_dim) = len(self.lengths_P), k_TGK.shape
+            prompt_shape = (num_prompts, heads, self.longest, head_dim)
+            own_shape = (num_prompts, heads, self.samples, self.capacity, head_dim)
             # Zeros, since keys past a prompt's end are masked by weight zero, and 0 * NaN is NaN.
             self.prompt_keys.append(k_TGK.new_zeros(prompt_shape))
             self.prompt_values.append(k_TGK.new_zeros(prompt_shape))
@@ -90,7 +90,9 @@ class SharedPromptCache:
         self.prompt_values[layer][prompt_T, :, layout.positions_T] = v_TGK
         return attention(q_THK, k_TGK, v_TGK, layout)
 
-    def _decode(self, layer: int, q_RHK: torch.Tensor, k_RGK: torch.Tensor, v_RGK: torch.Tensor) -> torch.Tensor:
+    def _decode(
+        self, layer: int, q_RHK: torch.Tensor, k_RGK: torch.Tensor, v_RGK: torch.Tensor
+    ) -> torch.Tensor:
         """One softmax over two blocks of scores: the prompt's keys, shared, and each sample's own."""
         num_prompts, heads, samples, _, head_dim = self.own_keys[layer].shape
         length = self.used + 1
@@ -106,8 +108,7 @@ class SharedPromptCache:
         q_PNGMK = self._to_grid(q_RHK * head_dim**-0.5).unflatten(2, (heads, -1))
         group = q_PNGMK.shape[3]
         q = q_PNGMK.transpose(1, 2).contiguous().view(num_prompts * heads, samples * group, head_dim)
-        bias = self.bias_PC.to(q.dtype).repeat_interleave(heads, dim=0)[:, None]
-        prompt_scores = torch.baddbmm(bias, q, prompt_keys.transpose(1, 2))
+        prompt_scores = torch.baddbmm(self._mask_bias(heads, q.dtype), q, prompt_keys.transpose(1, 2))
         own_scores = torch.bmm(q.view(-1, group, head_dim), own_keys.transpose(1, 2))
         scores = torch.cat((prompt_scores, own_scores.view(*prompt_scores.shape[:2], length)), dim=-1)
         weights = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
@@ -120,6 +121,14 @@ class SharedPromptCache:
         out_PNGMK = out.view(num_prompts, heads, samples, group, head_dim).transpose(1, 2)
         out_cells = out_PNGMK.reshape(num_prompts * samples, heads * group, head_dim)
         return out_cells if self.dense else out_cells[self.cell_R]
+
+    def _mask_bias(self, heads: int, dtype: torch.dtype) -> torch.Tensor:
+        """[P * G, 1, C]: minus infinity past each prompt's end; made once for all layers and steps."""
+        if self._bias is None:
+            beyond_PC = torch.arange(self.longest, device=self.lengths_P.device) >= self.lengths_P[:, None]
+            bias_PC = torch.zeros_like(beyond_PC, dtype=dtype).masked_fill_(beyond_PC, -torch.inf)
+            self._bias = bias_PC.repeat_interleave(heads, dim=0)[:, None]
+        return self._bias
 
     def _to_grid(self, x_RHK: torch.Tensor) -> torch.Tensor:
         """[P, N, H, K]; cells without a row are zero."""
@@ -147,7 +156,7 @@ class SharedPromptCache:
             self.prompt_values[layer] = self.prompt_values[layer][prompts]
             self.own_keys[layer] = self._gather(self.own_keys[layer], source)
             self.own_values[layer] = self._gather(self.own_values[layer], source)
-        self.lengths_P, self.bias_PC = self.lengths_P[prompts], self.bias_PC[prompts]
+        self.lengths_P, self._bias = self.lengths_P[prompts], None
         self.samples = samples
         self._place(new_prompt_R, new_sample_R)
 

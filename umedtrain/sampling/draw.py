@@ -144,7 +144,7 @@ def _draw_truncated(weights_RV: torch.Tensor, key_R: torch.Tensor, policy: Polic
         if not len(outside):
             return result_R
         rows, weights_RV = rows[outside], weights_RV[outside]
-    raise AssertionError
+    raise AssertionError("unreachable")
 
 
 def _cut_top_k(weights_RV: torch.Tensor, policy: Policy) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,8 +162,7 @@ def _cut_top_k(weights_RV: torch.Tensor, policy: Policy) -> tuple[torch.Tensor, 
 
 
 def _inverse_cdf(weights_RV: torch.Tensor, uniform_R: torch.Tensor) -> torch.Tensor:
-    """The first token, in the order of ids, whose cumulative weight exceeds uniform * total; never one of
-    weight 0.
+    """The first token, by id, whose cumulative weight exceeds uniform * total; never one of weight 0.
 
     First the block of tokens is found, then the token in it, so that one block per row is summed token by
     token. Both cumulative sums are fp64.

@@ -17,12 +17,7 @@ from umedtrain.text.tokenizer import Tokenizer, encode_continued
 ROLES = ("system", "user", "assistant")
 TEMPLATES = ("llama3", "llama3.1", "chatml", "plain")
 DEFAULT_DATE = "26 Jul 2024"  # Llama-3.1's template, when no date is given
-TRIMMED = {
-    "llama3": True,
-    "llama3.1": True,
-    "chatml": False,
-    "plain": True,
-}  # what each published template does
+TRIMMED = ("llama3", "llama3.1", "plain")  # SmolLM2's ChatML, as published, takes contents as they are
 
 
 @dataclass(frozen=True)
@@ -47,7 +42,7 @@ def render_chat(
     *,
     add_generation_prompt: bool = False,
     template: str | None = None,
-    trim: bool | None = None,
+    trim: bool = True,
     date: str | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Ids of a dialog, and for each id whether to train on it.
@@ -57,8 +52,10 @@ def render_chat(
     add_generation_prompt: end with the header of an assistant's answer, for sampling.
     template: "llama3", "llama3.1" (a system block with `date` comes first), "chatml" (SmolLM2's, with its default
     system prompt), "plain"; default: the tokenizer's.
-    trim: strip white space around each content. Default: as the published template does (all but "chatml" strip).
-    With trim=False, "llama3" gives the ids of Meta's own ChatFormat.
+    trim: strip white space around each content where the published template does: all but "chatml" do. With
+    trim=False, "llama3" gives the ids of Meta's own ChatFormat. An untrimmed answer that begins with white space
+    may have other ids than the same text rendered by jinja, which can join its first characters to the header's line
+    break: here the prompt's ids always begin the ids of the whole dialog.
     date: of "llama3.1" only, written as in "26 Jul 2024", which is the default (never today: the same call gives the
     same ids every day).
 
@@ -75,7 +72,7 @@ def render_chat(
     if date is not None and template != "llama3.1":
         raise ValueError(f"date={date!r} has no place in the {template!r} template; only 'llama3.1' shows a date.")
     _validate(messages, add_generation_prompt)
-    strip = TRIMMED[template] if trim is None else trim
+    strip = trim and template in TRIMMED
     turns = [(m["role"], m["content"].strip() if strip else m["content"]) for m in messages]
     if template == "llama3":
         parts = _llama3(turns, tokenizer, add_generation_prompt, apart=not strip)
@@ -94,7 +91,7 @@ def render_prompt_and_answer(
     tokenizer: Tokenizer,
     *,
     template: str | None = None,
-    trim: bool | None = None,
+    trim: bool = True,
     date: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """(prompt ids with the assistant's header, answer ids with what ends it); together the ids of the full dialog.
@@ -231,7 +228,7 @@ def _encode_run(run: list[_Text], tokenizer: Tokenizer) -> Iterable[tuple[list[i
 
     A token may not lie across the edge of an answer: the header's ids must be those that the model is given when it
     writes the answer itself. Where encoding both together would give such a token (an untrimmed answer that begins
-    with a line break), the answer is encoded on its own.
+    with white space), the answer is encoded on its own.
     """
     before = "".join(part.text for part in run if not part.train)
     answer = "".join(part.text for part in run if part.train)

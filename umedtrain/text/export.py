@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from umedtrain.text import sentencepiece_proto as proto
-from umedtrain.text.chat import DEFAULT_DATE, TRIMMED, plain_end
+from umedtrain.text.chat import DEFAULT_DATE, TEMPLATES, TRIMMED, plain_end
 from umedtrain.text.hf_json import HFTokenizer
 from umedtrain.text.sentencepiece import SPACE, SentencePieceTokenizer
 from umedtrain.text.specials import SMOLLM2_SYSTEM
@@ -26,14 +26,14 @@ def save_tokenizer(
     directory: str | Path,
     *,
     template: str | None = None,
-    trim: bool | None = None,
+    trim: bool = True,
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and, where there is one, tokenizer.model.
 
     `transformers.AutoTokenizer` loads the directory and gives our ids; its `apply_chat_template` gives the ids of
     `render_chat` with the same `template` and `trim`. `load_tokenizer` reads it back. Where the other library's ids
     must differ: text that spells a special token (it becomes the special id) or holds U+2581, SentencePiece's sign
-    for the space; an untrimmed content that begins with a line break; unigram models where two ways to cut a run are
+    for the space; an untrimmed content that begins with white space; unigram models where two ways to cut a run are
     exactly equally likely; the first id of a text that begins with a space, for models that put one there themselves
     (Llama-2's).
 
@@ -65,10 +65,10 @@ def save_tokenizer(
         (directory / "tokenizer.model").write_bytes(model)
 
 
-def jinja_template(template: str, *, trim: bool | None = None, bos: bool = True) -> str:
+def jinja_template(template: str, *, trim: bool = True, bos: bool = True) -> str:
     """The jinja text that renders as `render_chat` does; `bos`: whether the plain template starts with bos_token."""
-    assert template in TRIMMED
-    strip = " | trim" if (TRIMMED[template] if trim is None else trim) else ""
+    assert template in TEMPLATES
+    strip = " | trim" if trim and template in TRIMMED else ""
     if template == "chatml":
         start = f"{{{{ '<|im_start|>system\\n{SMOLLM2_SYSTEM}<|im_end|>\\n' }}}}"
         return (
@@ -242,8 +242,8 @@ def _bpe(vocab: dict[str, int], merges: list[list[str]], **options: object) -> d
 def _merges(vocab: Iterable[Any], *, order: Any) -> Iterable[tuple[Any, Any]]:
     """Every way to join two entries into a third, in the order in which the third is due.
 
-    Ranks and scores only order the results of joins. Where one result has several ways, the longest left part comes
-    first: a run is then cut from the left, as both tiktoken and SentencePiece do.
+    Ranks and scores order the results of joins only; among several ways to one result any order gives the same ids
+    (random vocabularies and texts showed no difference).
     """
     known = set(vocab)
     for whole in sorted(known, key=order):

@@ -88,6 +88,8 @@ def check_shapes(
 ) -> None:
     """Raise one CheckpointError for the first missing, unexpected or misshapen tensor, and count the others.
 
+    Names are those of the file.
+
     Args:
         where: file and name, for people, of a tensor that is in `found`.
     """

@@ -43,14 +43,11 @@ def open_gguf(path: Path) -> Checkpoint:
     divisors = tensors.pop("rope_freqs.weight", None)
     config = _config(reader, tensors, divisors, path)
     gguf_names = _gguf_names(config.num_hidden_layers)
-    our_names = {theirs: ours for ours, theirs in gguf_names.items()}
     expected = expected_shapes(config, is_reward_model=False)
+    wanted = {gguf_names[name]: shape for name, shape in expected.items()}
     # GGUF writes the fastest dimension first.
-    found = {
-        our_names.get(name, name): tuple(int(size) for size in reversed(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-    check_shapes(path, expected, found, lambda name: f"{path}: {gguf_names.get(name, name)}")
+    found = {name: tuple(int(size) for size in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    check_shapes(path, wanted, found, lambda name: f"{path}: {name}")
 
     def read(name: str) -> torch.Tensor:
         weight = _dequantised(tensors[gguf_names[name]], path)

@@ -9,7 +9,12 @@ from umedtrain.weights.checkpoint import CheckpointError
 LANGUAGE_MODEL, REWARD_MODEL = "LlamaForCausalLM", "LlamaForSequenceClassification"
 
 # What transformers takes for a key that config.json leaves out.
-_DEFAULTS = {"rms_norm_eps": 1e-6, "rope_theta": 10_000.0, "max_position_embeddings": 2048}
+_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10_000.0,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+}
 _LLAMA3_FIELDS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -55,7 +60,7 @@ def config_from_hf(raw: dict[str, Any], file: Path) -> tuple[LlamaConfig, bool]:
             rope_scaling=scaling,
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             max_position_embeddings=integer("max_position_embeddings", _DEFAULTS["max_position_embeddings"]),
-            initializer_range=float(raw.get("initializer_range", 0.02)),
+            initializer_range=_number(raw, "initializer_range", file),
         )
     except CheckpointError:
         raise
@@ -113,8 +118,8 @@ def _refuse_unsupported(raw: dict[str, Any], file: Path) -> None:
     wanted = {"attention_bias": False, "mlp_bias": False, "hidden_act": "silu", "quantization_config": None}
     for key, value in wanted.items():
         if raw.get(key, value) != value:
-            got = raw[key] if isinstance(raw[key], str | bool) else "an object"
-            raise CheckpointError(f"{file}: {key} is {got!r}, only {value!r} is implemented")
+            got = "an object" if isinstance(raw[key], dict) else repr(raw[key])
+            raise CheckpointError(f"{file}: {key} is {got}, only {value!r} is implemented")
 
 
 def _rope(raw: dict[str, Any], file: Path) -> tuple[float, RopeScaling | None]:

@@ -26,7 +26,6 @@ def open_huggingface(path: Path) -> Checkpoint:
     shards = _open_shards(path)
     expected = expected_shapes(config, is_reward_model)
     hf_name = {name: to_hf_name(name, is_reward_model) for name in expected}
-    our_name = {theirs: ours for ours, theirs in hf_name.items()}
     found = {}
     for name, (shard_file, shard) in shards.items():
         if name.endswith(".rotary_emb.inv_freq"):  # old exports hold this constant, which is computed here
@@ -36,10 +35,11 @@ def open_huggingface(path: Path) -> Checkpoint:
             raise CheckpointError(
                 f"{shard_file}: tensor {name} has dtype {header.get_dtype()}; quantised weights are not implemented"
             )
-        found[our_name.get(name, name)] = tuple(header.get_shape())
+        found[name] = tuple(header.get_shape())
     if config.tie_word_embeddings and found.pop("lm_head.weight", None) is not None:
         _check_tied(shards)
-    check_shapes(path, expected, found, lambda name: f"{shards[hf_name.get(name, name)][0]}: {name}")
+    wanted = {hf_name[name]: shape for name, shape in expected.items()}
+    check_shapes(path, wanted, found, lambda name: f"{shards[name][0]}: {name}")
 
     def read(name: str) -> torch.Tensor:
         shard_file, shard = shards[hf_name[name]]

@@ -62,12 +62,11 @@ def open_meta(path: Path, *, rope_factor: float | None = None) -> Checkpoint:
     config = _config(params, merged, _is_tied(shards), rope_factor, file)
     expected = expected_shapes(config, is_reward_model=False)
     meta_names = _meta_names(config.num_hidden_layers)
-    our_names = {theirs: ours for ours, theirs in meta_names.items()}
-    found = {our_names.get(name, name): shape for name, shape in merged.items()}
+    wanted = {meta_names[name]: shape for name, shape in expected.items()}
     if config.tie_word_embeddings:
-        found.pop("lm_head.weight", None)
+        merged.pop("output.weight", None)
     files = shards[0][0] if len(shards) == 1 else path / "consolidated.*.pth"
-    check_shapes(path, expected, found, lambda name: f"{files}: {meta_names.get(name, name)}")
+    check_shapes(path, wanted, merged, lambda name: f"{files}: {name}")
     return Checkpoint(
         path=path,
         config=config,
@@ -171,9 +170,7 @@ def _config(
     dim, heads = _integer(params, "dim", file), _integer(params, "n_heads", file)
     if heads < 1 or dim % heads:
         raise CheckpointError(f"{file}: dim ({dim}) must be a multiple of n_heads ({heads})")
-    if not isinstance(params.get("norm_eps"), float):
-        raise CheckpointError(f"{file}: norm_eps must be a number, got {params.get('norm_eps')!r}")
-    vocab_size = params.get("vocab_size", -1)
+    vocab_size = _integer({"vocab_size": -1} | params, "vocab_size", file)
     scaled, is_llama2 = bool(params.get("use_scaled_rope")), "rope_theta" not in params
     try:
         return LlamaConfig(
@@ -184,8 +181,8 @@ def _config(
             num_attention_heads=heads,
             num_key_value_heads=heads if params.get("n_kv_heads") is None else _integer(params, "n_kv_heads", file),
             head_dim=dim // heads,
-            rms_norm_eps=params["norm_eps"],
-            rope_theta=float(params.get("rope_theta", 10_000.0)),
+            rms_norm_eps=_number(params, "norm_eps", file),
+            rope_theta=_number({"rope_theta": 10_000.0} | params, "rope_theta", file),
             rope_scaling=_rope_scaling(params, scaled, is_tied, rope_factor, file),
             tie_word_embeddings=is_tied,
             max_position_embeddings=131_072 if scaled else 4096 if is_llama2 else 8192,
@@ -199,7 +196,9 @@ def _config(
 def _rope_scaling(
     params: dict[str, Any], scaled: bool, is_tied: bool, rope_factor: float | None, file: Path
 ) -> RopeScaling | None:
-    factor = rope_factor if rope_factor is not None else params.get("rope_scaling_factor")
+    factor = rope_factor
+    if factor is None and params.get("rope_scaling_factor") is not None:
+        factor = _number(params, "rope_scaling_factor", file)
     if not scaled:
         if factor is not None:
             raise CheckpointError(f"{file}: a RoPE factor of {factor} is given, but use_scaled_rope is not true")
@@ -221,6 +220,13 @@ def _meta_names(num_layers: int) -> dict[str, str]:
     for layer in range(num_layers):
         names |= {f"layers.{layer}.{ours}": f"layers.{layer}.{theirs}" for ours, theirs in _LAYER.items()}
     return {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in names.items()}
+
+
+def _number(params: dict[str, Any], key: str, file: Path) -> float:
+    value = params.get(key)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise CheckpointError(f"{file}: {key} must be a number, got {value!r}")
+    return float(value)
 
 
 def _integer(params: dict[str, Any], key: str, file: Path) -> int:
