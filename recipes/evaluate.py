@@ -27,7 +27,7 @@ from umedtrain.evaluation.table import markdown_table, write_results
 from umedtrain.model.heads import RewardModel
 from umedtrain.records import read_preferences
 from umedtrain.sampling import Sampler, SamplingParams
-from umedtrain.sampling.rollout import Row, rollout
+from umedtrain.sampling.rollout import Row, rollout, sampling_params
 from umedtrain.text.chat import render_chat
 from umedtrain.text.tokenizer import Tokenizer, load_tokenizer
 from umedtrain.training.run import finish_run, launch, start_run
@@ -114,14 +114,7 @@ def _answer(
     greedy = rollout(sampler, prompts, greedy_params, folder / "greedy", world, weights=config.model)
     samples = rewards = None
     if settings.n:
-        params = SamplingParams(
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            top_k=settings.top_k,
-            n=settings.n,
-            seed=settings.seed,
-        )
+        params = sampling_params(settings)
         samples = rollout(sampler, prompts, params, folder / "samples", world, weights=config.model)
         if reward_model is not None:
             rewards = score_rows(reward_model, prompts, samples, world)

@@ -15,8 +15,8 @@ import torch
 from umedtrain.config import SamplingConfig
 from umedtrain.distributed.world import World
 from umedtrain.records import read_prompts, write_jsonl
-from umedtrain.sampling import Sampler, SamplingParams
-from umedtrain.sampling.rollout import rollout
+from umedtrain.sampling import Sampler
+from umedtrain.sampling.rollout import rollout, sampling_params
 from umedtrain.text.chat import render_chat
 from umedtrain.text.tokenizer import load_tokenizer
 from umedtrain.training.run import finish_run, launch, start_run
@@ -54,14 +54,7 @@ def run(config: GenerateConfig, world: World) -> Path:
     rows = rollout(
         Sampler(model, tokenizer),
         ids,
-        SamplingParams(
-            max_tokens=config.sampling.max_tokens,
-            temperature=config.sampling.temperature,
-            top_p=config.sampling.top_p,
-            top_k=config.sampling.top_k,
-            n=config.sampling.n,
-            seed=config.sampling.seed,
-        ),
+        sampling_params(config.sampling),
         folder / "samples",
         world,
         weights=config.model,

@@ -10,10 +10,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from umedtrain.data.example import encode_conversation
-from umedtrain.data.sources import load_sources
-from umedtrain.records import read_conversations
-
 from umedtrain.config import (
     BatchConfig,
     CheckpointConfig,
@@ -23,8 +19,11 @@ from umedtrain.config import (
     OptimizerConfig,
     ParallelConfig,
 )
+from umedtrain.data.example import encode_conversation
+from umedtrain.data.sources import load_sources
 from umedtrain.distributed.world import World
 from umedtrain.model.llama import Llama
+from umedtrain.records import read_conversations
 from umedtrain.training.build import build_loader, build_model, build_tokenizer, export_model
 from umedtrain.training.loop import train
 from umedtrain.training.run import finish_run, launch, start_run

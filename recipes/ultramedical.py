@@ -9,6 +9,7 @@ is skipped when its folder holds the finished run: start the same command again 
 
 import dataclasses
 import json
+import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,44 +17,52 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from umedtrain.recipes import dpo, evaluate, reward, sft
+
 from umedtrain.collection import icd10cm
-from umedtrain.collection.pairs import checked_pairs, ranked_pairs
+from umedtrain.collection.pairs import add_answers, checked_pairs, ranked_pairs
 from umedtrain.config import SamplingConfig, read_config
 from umedtrain.distributed.world import World
-from umedtrain.evaluation.questions import read_questions
 from umedtrain.evaluation.benchmark import METHODS
+from umedtrain.evaluation.questions import read_questions
 from umedtrain.evaluation.statistics import Estimate, mcnemar, paired_bootstrap
 from umedtrain.evaluation.table import markdown_table
 from umedtrain.model.heads import RewardModel
-from umedtrain.recipes import dpo, evaluate, reward, sft
-from umedtrain.records import read_conversations, read_prompts, write_jsonl
-from umedtrain.sampling import Sampler, SamplingParams
-from umedtrain.sampling.rollout import Row, rollout
-from umedtrain.text.chat import render_chat
+from umedtrain.records import Messages, read_conversations, read_prompts, write_jsonl
+from umedtrain.sampling import Sampler
+from umedtrain.sampling.rollout import Row, rollout, sampling_params
+from umedtrain.text.chat import render_chat, render_prompt_and_answer
 from umedtrain.text.sentencepiece import train_sentencepiece
 from umedtrain.text.tokenizer import load_tokenizer
 from umedtrain.training.run import launch, start_run, write_json
 from umedtrain.weights import load_model
 
-
+ANSWER = "So, the answer is {}."
 SHOWN = ("greedy", "mean", "majority", "best_of_n", "oracle")
 """Columns of the final table."""
 
 
 @dataclass(frozen=True)
-class DataSizes:
-    """Questions of each split; no category of ICD-10-CM stands in two splits."""
+class Split:
+    """One split of the data. No category of ICD-10-CM stands in two splits."""
 
-    sft: int = 2500
-    """Questions with answers, for supervised fine-tuning."""
-    preference: int = 6000
-    """Questions whose sampled answers are checked, for the reward model and DPO."""
-    online: int = 2000
-    """Questions without answers, for the online round."""
-    validation: int = 2000
-    """Questions on which settings were chosen."""
-    test: int = 2000
-    """Questions of the final evaluation."""
+    share: float = 0.2
+    """Share of every chapter's categories."""
+    questions: int = 1000
+    """Questions drawn from them."""
+
+
+@dataclass(frozen=True)
+class SplitsConfig:
+    """Questions with answers for SFT, questions whose sampled answers are checked for reward model and DPO, questions
+    without answers for the online round, and two splits to evaluate on.
+    """
+
+    sft: Split = field(default_factory=Split)
+    preference: Split = field(default_factory=Split)
+    online: Split = field(default_factory=Split)
+    validation: Split = field(default_factory=Split)
+    test: Split = field(default_factory=Split)
 
 
 @dataclass(frozen=True)
@@ -65,15 +74,19 @@ class PipelineConfig:
     seed: int = 0
     """Seed of data, weights, shuffling and sampling of every stage."""
     configs: str = "recipes/configs/demo"
-    """Folder with sft.toml, reward.toml, dpo.toml, online.toml and evaluate.toml."""
+    """Folder with sft.toml, reward.toml, refresh.toml, dpo.toml, online.toml and evaluate.toml."""
     evaluate_on: Literal["validation", "test"] = "test"
     """Split of the final evaluation. Choose settings on validation; test is for the end."""
     vocab_size: int = 1536
     """Entries of the tokenizer that is trained on the SFT split."""
-    sizes: DataSizes = field(default_factory=DataSizes)
-    candidates: SamplingConfig = field(default_factory=lambda: SamplingConfig(16, 1.0, 1.0, n=8))
-    """How answers are sampled that become preference pairs."""
-    reward_pairs: int = 0
+    splits: SplitsConfig = field(default_factory=SplitsConfig)
+    candidates: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers to the preference split are sampled."""
+    rollouts: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers to the online split are sampled."""
+    guesses: int = 3
+    """Answers per question of an annotator who names a chapter at random."""
+    reward_pairs: int = 3
     """Pairs per question, at most, that the reward model trains on. 0: all."""
 
 
@@ -117,17 +130,28 @@ class Stages:
         }
         return dataclasses.replace(config, output=str(self.root / folder), **sections)
 
-    def candidates(self, model: Path, split: str, folder: str) -> list[Row]:
-        """Sampled answers of a model to every question of a split."""
-        prompts = read_prompts(self.data(split))
-        tokenizer = load_tokenizer(model)
-        settings = self.config.candidates
-        params = SamplingParams(
-            settings.max_tokens, settings.temperature, settings.top_p, settings.top_k, settings.n, seed=self.config.seed
-        )
+    def answers(self, model: Path, split: str, folder: str, settings: SamplingConfig) -> list[Row]:
+        """Sampled answers of a model to every question of a split, and those of the other annotators.
+
+        One annotator guesses. One knows: it gives the reference answer, where the split has one.
+        """
+        prompts, tokenizer = read_prompts(self.data(split)), load_tokenizer(model)
+        params = sampling_params(dataclasses.replace(settings, seed=self.config.seed))
         ids = [render_chat(prompt.messages, tokenizer, add_generation_prompt=True)[0] for prompt in prompts]
         sampler = Sampler(load_model(model), tokenizer)
-        return rollout(sampler, ids, params, self.root / folder, self.world, weights=str(model), chunk=512)
+        rows = rollout(sampler, ids, params, self.root / folder, self.world, weights=str(model), chunk=512)
+        labels = list(icd10cm.LABELS.values())
+        pools = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            draw = random.Random(f"{self.config.seed} guesses {prompt.id}")
+            guesses = [ANSWER.format(draw.choice(labels)) for _ in range(self.config.guesses)]
+
+            def encode(text: str, messages: Messages = prompt.messages) -> list[int]:
+                return render_prompt_and_answer(messages, text, tokenizer)[1]
+
+            reference = [ANSWER.format(prompt.answer)] if prompt.answer else []
+            pools.append(add_answers(add_answers(row, reference, "reference", encode), guesses, "guess", encode))
+        return pools
 
     def write(self, path: str, rows: Callable[[], Sequence[dict[str, Any]]]) -> str:
         """Write rows on rank 0 unless the file is there already; returns the path."""
@@ -167,18 +191,22 @@ def run(config: PipelineConfig, world: World) -> None:
             ),
             world,
         )
-    with stages.timed("candidates"):
-        train_pairs, reward_pairs = build_pairs(stages, sft_model, "preference")
+    with stages.timed("answers"):
+        dpo_pairs, reward_pairs = build_pairs(stages, sft_model, "preference")
     with stages.timed("reward"):
-        reward_model = train_reward(stages, sft_model, "reward", reward_pairs)
+        reward_model = train_reward(stages, "reward", sft_model, reward_pairs)
     with stages.timed("dpo"):
-        dpo_model = train_dpo(stages, "dpo", sft_model, train_pairs)
+        dpo_model = train_dpo(stages, "dpo", sft_model, dpo_pairs)
+    with stages.timed("refresh"):
+        # The reward model has to rank what the new policy writes: it learns from that policy's answers too.
+        _, fresh_pairs = build_pairs(stages, dpo_model, "fresh")
+        fresh_reward_model = train_reward(stages, "refresh", reward_model, fresh_pairs)
     with stages.timed("online"):
-        online_reward_model, online_model = online_round(stages, dpo_model, reward_model, reward_pairs)
+        online_model = online_round(stages, dpo_model, fresh_reward_model)
     models = {
         "SFT": (sft_model, reward_model),
-        "DPO": (dpo_model, online_reward_model),
-        "online DPO": (online_model, online_reward_model),
+        "DPO": (dpo_model, fresh_reward_model),
+        "online DPO": (online_model, fresh_reward_model),
     }
     with stages.timed("evaluate"):
         results = evaluate_all(stages, models)
@@ -190,7 +218,10 @@ def build_data(stages: Stages) -> str:
     """Questions from ICD-10-CM and a tokenizer trained on those of the SFT split; returns the tokenizer's file."""
     tokenizer = stages.root / "data" / "tokenizer.model"
     if stages.world.is_main and not tokenizer.exists():
-        icd10cm.build(tokenizer.parent, seed=stages.config.seed, sizes=dataclasses.asdict(stages.config.sizes))
+        splits = dataclasses.asdict(stages.config.splits)
+        shares = {name: split["share"] for name, split in splits.items()}
+        sizes = {name: split["questions"] for name, split in splits.items()}
+        icd10cm.build(tokenizer.parent, seed=stages.config.seed, shares=shares, sizes=sizes)
         texts = [m["content"] for row in read_conversations(stages.data("sft")) for m in row.messages]
         train_sentencepiece(texts, tokenizer, vocab_size=stages.config.vocab_size)
     stages.world.barrier()
@@ -198,27 +229,26 @@ def build_data(stages: Stages) -> str:
 
 
 def build_pairs(stages: Stages, policy: Path, folder: str) -> tuple[str, str]:
-    """Sampled answers to the preference split, labelled by the checker; returns the files for DPO and reward model.
+    """Answers to the preference split, labelled by the checker; returns the files for DPO and for the reward model.
 
-    As in the paper, the reward model sees many pairs of a question and DPO one.
+    As in the paper, the reward model sees several pairs of a question and DPO one.
     """
-    rows = stages.candidates(policy, "preference", f"{folder}/candidates")
+    config = stages.config
+    rows = stages.answers(policy, "preference", f"{folder}/answers", config.candidates)
     questions = read_questions(stages.data("preference"))
-    reference, seed = "So, the answer is {answer}.", stages.config.seed
     one = stages.write(
-        f"{folder}/one_per_question.jsonl",
-        lambda: list(checked_pairs(questions, rows, reference=reference, most=1, seed=seed)),
+        f"{folder}/one_pair.jsonl", lambda: list(checked_pairs(questions, rows, most=1, seed=config.seed))
     )
-    many = stages.write(
-        f"{folder}/all.jsonl",
-        lambda: list(checked_pairs(questions, rows, reference=reference, most=stages.config.reward_pairs, seed=seed)),
+    several = stages.write(
+        f"{folder}/pairs.jsonl",
+        lambda: list(checked_pairs(questions, rows, most=config.reward_pairs, seed=config.seed + 1)),
     )
-    return one, many
+    return one, several
 
 
-def train_reward(stages: Stages, start: Path, folder: str, *files: str) -> Path:
-    """A reward model on top of `start`."""
-    config = stages.recipe(reward.RewardConfig, "reward", folder, model={"path": str(start)}, data={"files": files})
+def train_reward(stages: Stages, name: str, start: Path, pairs: str) -> Path:
+    """A reward model on top of `start`, with the settings of NAME.toml."""
+    config = stages.recipe(reward.RewardConfig, name, name, model={"path": str(start)}, data={"files": (pairs,)})
     return reward.run(config, stages.world)
 
 
@@ -228,19 +258,18 @@ def train_dpo(stages: Stages, name: str, start: Path, pairs: str) -> Path:
     return dpo.run(config, stages.world)
 
 
-def online_round(stages: Stages, policy: Path, reward_model: Path, reward_pairs: str) -> tuple[Path, Path]:
-    """One online round: the policy answers new questions, a reward model ranks the answers, DPO learns best from worst.
+def online_round(stages: Stages, policy: Path, reward_model: Path) -> Path:
+    """One online round: the policy answers new questions, the reward model ranks its answers, then DPO.
 
-    The reward model is refreshed first with pairs of the policy's own answers to the preference split: it has to rank
-    what this policy writes. Nobody looks at the right answers of the online questions.
+    Nobody looks at the right answers of these questions.
     """
-    _, fresh_pairs = build_pairs(stages, policy, "online_preference")
-    refreshed = train_reward(stages, reward_model, "online_reward", reward_pairs, fresh_pairs)
-    rows = stages.candidates(policy, "online", "online_pairs/candidates")
-    rewards = stages.rewards(refreshed, "online", rows)
+    rows = stages.answers(policy, "online", "online_answers", stages.config.rollouts)
+    rewards = stages.rewards(reward_model, "online", rows)
     prompts = read_prompts(stages.data("online"))
-    pairs = stages.write("online_pairs/ranked.jsonl", lambda: list(ranked_pairs(prompts, rows, rewards)))
-    return refreshed, train_dpo(stages, "online", policy, pairs)
+    pairs = stages.write(
+        "online_answers/pairs.jsonl", lambda: list(ranked_pairs(prompts, rows, rewards, seed=stages.config.seed))
+    )
+    return train_dpo(stages, "online", policy, pairs)
 
 
 def evaluate_all(stages: Stages, models: dict[str, tuple[Path, Path]]) -> dict[str, Any]:

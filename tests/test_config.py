@@ -1,10 +1,10 @@
 import dataclasses
 
 import pytest
-
-from umedtrain.config import ConfigError, OptimizerConfig, load_config, read_config, write_config
 from umedtrain.recipes.dpo import DPOConfig
 from umedtrain.recipes.sft import SFTConfig
+
+from umedtrain.config import ConfigError, OptimizerConfig, load_config, read_config, write_config
 
 
 def write(tmp_path, text):

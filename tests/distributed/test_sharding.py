@@ -79,7 +79,7 @@ def test_gradients_are_summed_over_ranks(num_ranks, kind, dtype, checkpointing, 
 
 
 def refused_mesh(world):
-    with pytest.raises(ValueError, match="parallel.shard = 2 does not divide the 1 processes"):
+    with pytest.raises(ValueError, match=r"parallel\.shard = 2 does not divide the 1 processes"):
         world.mesh(2)
     return world.sum([1.5, 2.0])
 

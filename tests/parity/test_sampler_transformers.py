@@ -37,9 +37,7 @@ def pair(tied):
             attn_implementation="eager",
         )
     ).eval()
-    named = {
-        name if name.startswith("lm_head") else f"model.{name}": w for name, w in ours.state_dict().items()
-    }
+    named = {name if name.startswith("lm_head") else f"model.{name}": w for name, w in ours.state_dict().items()}
     missing, unexpected = theirs.load_state_dict(named, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}

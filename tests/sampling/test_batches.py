@@ -18,10 +18,7 @@ def test_every_sample_once_and_within_the_budgets(shapes, max_rows, max_cache_to
     ]
     batches = plan_batches(requests, max_rows=max_rows, max_cache_tokens=max_cache_tokens)
     planned = [
-        (piece.request.index, piece.first + i)
-        for batch in batches
-        for piece in batch
-        for i in range(piece.count)
+        (piece.request.index, piece.first + i) for batch in batches for piece in batch for i in range(piece.count)
     ]
     assert sorted(planned) == [(index, j) for index, (_, _, n) in enumerate(shapes) for j in range(n)]
     for batch in batches:

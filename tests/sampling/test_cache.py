@@ -77,7 +77,5 @@ def test_memory_past_a_prompts_end_is_never_read(monkeypatch):
     cache.prefill(0)
     cache.attend(0, torch.ones(4, 2, 4), torch.ones(4, 1, 4), torch.ones(4, 1, 4), Layout.packed([1, 3]))
     cache.prefill(None)
-    out = cache.attend(
-        0, torch.ones(2, 2, 4), torch.ones(2, 1, 4), torch.ones(2, 1, 4), Layout.packed([1, 1])
-    )
+    out = cache.attend(0, torch.ones(2, 2, 4), torch.ones(2, 1, 4), torch.ones(2, 1, 4), Layout.packed([1, 1]))
     torch.testing.assert_close(out, torch.ones(2, 2, 4))

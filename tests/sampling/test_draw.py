@@ -65,9 +65,7 @@ def test_draws_at_either_end_of_the_unit_interval(monkeypatch, number, wanted):
 
 
 def test_request_key_depends_on_seed_and_every_id():
-    keys = {
-        request_key(*case) for case in [(1, [2, 3]), (2, [2, 3]), (1, [3, 2]), (1, [2, 3, 0]), (-1, [2, 3])]
-    }
+    keys = {request_key(*case) for case in [(1, [2, 3]), (2, [2, 3]), (1, [3, 2]), (1, [2, 3, 0]), (-1, [2, 3])]}
     assert len(keys) == 5
     assert all(-(2**63) <= key < 2**63 for key in keys)
     assert request_key(1, [2, 3]) == request_key(1, [2, 3])
@@ -164,9 +162,7 @@ def test_rows_of_different_policies_do_not_touch_each_other():
     assert together[greedy].tolist() == logits_RV[greedy].argmax(-1).tolist()
 
 
-@pytest.mark.parametrize(
-    "params", [{}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}, {"temperature": 0.0}], ids=str
-)
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}, {"temperature": 0.0}], ids=str)
 @pytest.mark.timeout(20)
 def test_logits_that_are_not_numbers_end(params):
     assert 0 <= draws([float("nan")] * 70, 1, **params)[0] < 70

@@ -67,14 +67,10 @@ class LetterTokenizer:
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(
-    "params", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}], ids=str
-)
+@pytest.mark.parametrize("params", [{}, {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.8, "top_k": 20}], ids=str)
 def test_logprobs_are_the_trainers(kv_heads, tied, params):
     model = tiny(kv_heads=kv_heads, tied=tied, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 16))
-    outputs = Sampler(model, eos_ids=EOS).generate(
-        PROMPTS, SamplingParams(max_tokens=30, n=5, seed=2, **params)
-    )
+    outputs = Sampler(model, eos_ids=EOS).generate(PROMPTS, SamplingParams(max_tokens=30, n=5, seed=2, **params))
     lengths = set()
     for prompt, samples in zip(PROMPTS, outputs, strict=True):
         for sample in samples:
@@ -111,9 +107,7 @@ def mixed():
     """A model, requests that differ in everything, and their tokens when each is sampled alone."""
     model = tiny()
     random_numbers = random.Random(0)
-    prompts = [
-        [random_numbers.randrange(97) for _ in range(random_numbers.randrange(1, 25))] for _ in range(20)
-    ]
+    prompts = [[random_numbers.randrange(97) for _ in range(random_numbers.randrange(1, 25))] for _ in range(20)]
     kinds = [
         SamplingParams(max_tokens=20, seed=1, n=3),
         SamplingParams(max_tokens=25, seed=2, temperature=0.7, top_p=0.9, n=6),
@@ -201,9 +195,7 @@ def test_a_stop_token_is_the_last_of_the_same_tokens():
 
 
 def test_positions_limit_the_answer():
-    outputs = Sampler(tiny(), eos_ids=()).generate(
-        [[1] * 60, [1] * 63, [1]], SamplingParams(max_tokens=9, seed=1)
-    )
+    outputs = Sampler(tiny(), eos_ids=()).generate([[1] * 60, [1] * 63, [1]], SamplingParams(max_tokens=9, seed=1))
     assert [len(samples[0].tokens) for samples in outputs] == [4, 1, 9]
     assert all(samples[0].finish_reason == "length" for samples in outputs)
 
@@ -286,9 +278,7 @@ def test_only_the_prompts_last_rows_are_projected_and_prompts_run_once(monkeypat
 def test_progress_counts_samples():
     calls = []
     sampler = Sampler(tiny(), eos_ids=EOS, max_rows=4)
-    sampler.generate(
-        PROMPTS, SamplingParams(max_tokens=20, n=3, seed=1), progress=lambda *call: calls.append(call)
-    )
+    sampler.generate(PROMPTS, SamplingParams(max_tokens=20, n=3, seed=1), progress=lambda *call: calls.append(call))
     done = [finished for finished, _ in calls]
     assert done == sorted(set(done))
     assert done[-1] == 18

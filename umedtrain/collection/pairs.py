@@ -4,7 +4,7 @@ Rows have the layout of the released UltraMedical-Preference: prompt_id, label_t
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from typing import Any
 
@@ -13,73 +13,79 @@ from umedtrain.evaluation.questions import Question, format_question
 from umedtrain.records import Messages, Prompt
 
 Row = Mapping[str, Any]
-"""A rollout's row: {"answers": [{"text", "finish_reason"}]}."""
+"""A rollout's row: {"answers": [{"text", "tokens", "finish_reason"}]}. Answers that are not the policy's own also have
+an `annotator`."""
+
+
+def add_answers(
+    row: Row, texts: Sequence[str], annotator: str, encode: Callable[[str], Sequence[int]]
+) -> dict[str, Any]:
+    """The row with the answers of another annotator; `encode` gives their token ids, terminator included.
+
+    The paper's pool holds models of different skill, and they matter: a pool of the policy's own samples has pairs only
+    for questions on which the policy errs, and there its favourite answer is nearly always the rejected one. What is
+    learned from such pairs is to distrust the favourite.
+    """
+    known = {answer["text"] for answer in row["answers"]}
+    others = [
+        {"text": text, "tokens": list(encode(text)), "finish_reason": "stop", "annotator": annotator}
+        for text in dict.fromkeys(texts)
+        if text not in known
+    ]
+    return {**row, "answers": [*row["answers"], *others]}
 
 
 def checked_pairs(
-    questions: Sequence[Question],
-    rows: Sequence[Row],
-    *,
-    reference: str | None = None,
-    most: int = 0,
-    seed: int,
+    questions: Sequence[Question], rows: Sequence[Row], *, most: int = 0, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Pairs of a right and a wrong answer to the same question; questions without both kinds give none.
 
     Args:
         questions: with their right answers.
-        rows: sampled answers. Unreadable ones are wrong; answers cut at the token limit are left out.
-        reference: text of an answer with the place `{answer}` for the right one, which joins the right answers (as
-            the paper's online step ranks reference answers among the samples); None for samples only.
+        rows: answers. Unreadable ones are wrong; those cut at the token limit are left out; equal ones count once.
         most: pairs per question at most, drawn at random; 0 for all.
         seed: of the draw.
     """
     for question, row in zip(questions, rows, strict=True):
-        right, wrong = _split(question, row)
-        if reference is not None:
-            right.setdefault(reference.format(answer=question.answer), None)
+        complete = dict.fromkeys(
+            answer["text"] for answer in row["answers"] if answer["finish_reason"] == "stop" and answer["text"]
+        )
+        right = [text for text in complete if extract(question, text) == right_answer(question)]
+        wrong = [text for text in complete if text not in right]
         pairs = list(product(right, wrong))
         if most and len(pairs) > most:
             pairs = random.Random(f"{seed} {question.id}").sample(pairs, most)
+        messages = ({"role": "user", "content": format_question(question)},)
         for chosen, rejected in pairs:
-            messages = ({"role": "user", "content": format_question(question)},)
             yield _row(question.id, messages, chosen, rejected, "checked", {"golden_answer": question.answer})
 
 
 def ranked_pairs(
-    prompts: Sequence[Prompt], rows: Sequence[Row], rewards: Sequence[Sequence[float]], *, margin: float = 0.0
+    prompts: Sequence[Prompt], rows: Sequence[Row], rewards: Sequence[Sequence[float]], *, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Pairs of the answer with the largest and the one with the smallest reward.
+    """Pairs of the policy's own answer with the largest reward and another answer, drawn at random, with a smaller one.
 
     Args:
         prompts: what was asked; reference answers, if there are any, are not looked at.
-        rows: sampled answers; those cut at the token limit are left out.
-        rewards: one per sampled answer.
-        margin: a prompt whose rewards differ by no more than this gives no pair.
+        rows: answers; those cut at the token limit are left out.
+        rewards: one per answer.
+        seed: of the draw.
     """
     for prompt, row, values in zip(prompts, rows, rewards, strict=True):
-        ranked = [
-            (reward, answer["text"])
+        complete = [
+            (reward, answer["text"], "annotator" not in answer)
             for reward, answer in zip(values, row["answers"], strict=True)
-            if answer["finish_reason"] == "stop"
+            if answer["finish_reason"] == "stop" and answer["text"]
         ]
-        if not ranked:
+        own = [(reward, text) for reward, text, is_own in complete if is_own]
+        if not own:
             continue
-        (best, chosen), (worst, rejected) = max(ranked), min(ranked)
-        if best - worst > margin and chosen != rejected:
-            metadata = {"chosen": {"score": best}, "rejected": {"score": worst}}
+        best, chosen = max(own)
+        others = sorted({(reward, text) for reward, text, _ in complete if reward < best and text != chosen})
+        if others:
+            worse, rejected = random.Random(f"{seed} {prompt.id}").choice(others)
+            metadata = {"chosen": {"score": best}, "rejected": {"score": worse}}
             yield _row(prompt.id, prompt.messages, chosen, rejected, "ranked", metadata)
-
-
-def _split(question: Question, row: Row) -> tuple[dict[str, None], dict[str, None]]:
-    """Different right and wrong answers, in the order of the samples."""
-    right: dict[str, None] = {}
-    wrong: dict[str, None] = {}
-    for answer in row["answers"]:
-        if answer["finish_reason"] == "stop" and answer["text"]:
-            is_right = extract(question, answer["text"]) == right_answer(question)
-            (right if is_right else wrong)[answer["text"]] = None
-    return right, wrong
 
 
 def _row(

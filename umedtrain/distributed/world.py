@@ -26,6 +26,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is rank 0, which writes what is written once."""
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """The shape of a Llama model, and the shapes that have names."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ _LLAMA31_ROPE = RopeScaling(8.0, 1.0, 4.0, 8192)
 _LLAMA32_ROPE = RopeScaling(32.0, 1.0, 4.0, 8192)
 
 
-def _llama3(hidden: int, ffn: int, layers: int, heads: int, head_dim: int, **kwargs) -> LlamaConfig:
+def _llama3(hidden: int, ffn: int, layers: int, heads: int, head_dim: int, **kwargs: Any) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=128_256,
         hidden_size=hidden,
@@ -108,6 +109,7 @@ def _small(hidden: int, ffn: int, layers: int, heads: int, kv_heads: int) -> Lla
 
 # Shapes only: a checkpoint's own config.json always wins over a preset.
 PRESETS: dict[str, LlamaConfig] = {
+    "half-m": _small(128, 352, 2, 4, 2),
     "1m": _small(128, 352, 4, 4, 2),
     "5m": _small(256, 704, 6, 4, 2),
     "20m": _small(448, 1216, 8, 7, 7),

@@ -11,7 +11,7 @@ from umedtrain.model.config import LlamaConfig, RopeScaling
 
 
 def rope_frequencies(config: LlamaConfig, *, device: torch.device | str | None = None) -> torch.Tensor:
-    """Angular frequency per token of each rotated pair, fp32 [F]: theta^(-2i / K), then scaled if the config says so."""
+    """Angular frequency per token of each rotated pair, fp32 [F]: theta^(-2i / K), scaled if the config says so."""
     exponents_F = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
     frequencies_F = 1.0 / config.rope_theta**exponents_F
     return frequencies_F if config.rope_scaling is None else _scale(frequencies_F, config.rope_scaling)

@@ -90,9 +90,7 @@ class SharedPromptCache:
         self.prompt_values[layer][prompt_T, :, layout.positions_T] = v_TGK
         return attention(q_THK, k_TGK, v_TGK, layout)
 
-    def _decode(
-        self, layer: int, q_RHK: torch.Tensor, k_RGK: torch.Tensor, v_RGK: torch.Tensor
-    ) -> torch.Tensor:
+    def _decode(self, layer: int, q_RHK: torch.Tensor, k_RGK: torch.Tensor, v_RGK: torch.Tensor) -> torch.Tensor:
         """One softmax over two blocks of scores: the prompt's keys, shared, and each sample's own."""
         num_prompts, heads, samples, _, head_dim = self.own_keys[layer].shape
         length = self.used + 1

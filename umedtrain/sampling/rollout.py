@@ -15,12 +15,25 @@ from typing import Any
 
 from tqdm import tqdm
 
+from umedtrain.config import SamplingConfig
 from umedtrain.distributed.world import World
 from umedtrain.sampling.params import SamplingParams
 from umedtrain.sampling.sampler import Sampler
 
 Row = dict[str, Any]
 """{"index", "answers": [{"text", "tokens", "logprob" (of the whole answer), "finish_reason"}]}"""
+
+
+def sampling_params(config: SamplingConfig) -> SamplingParams:
+    """The sampler's parameters of a config section."""
+    return SamplingParams(
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        n=config.n,
+        seed=config.seed,
+    )
 
 
 def rollout(

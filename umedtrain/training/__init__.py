@@ -1,0 +1,1 @@
+"""Tasks, the loop that serves them all, and what a run keeps."""
