@@ -1,8 +1,15 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
+from umedtrain.recipes import sft
 from umedtrain.recipes.dpo import DPOConfig
+from umedtrain.recipes.evaluate import EvaluateConfig
+from umedtrain.recipes.generate import GenerateConfig
+from umedtrain.recipes.reward import RewardConfig
 from umedtrain.recipes.sft import SFTConfig
+from umedtrain.recipes.ultramedical import PipelineConfig
 
 from umedtrain.config import ConfigError, OptimizerConfig, load_config, read_config, write_config
 
@@ -61,14 +68,35 @@ def test_an_unknown_option_names_the_nearest_one(capsys):
     assert "--optimizer.lr" in capsys.readouterr().err
 
 
-def test_help_lists_every_key_with_a_meaning(capsys):
+def test_help_lists_every_key_with_meaning_and_default(capsys):
     with pytest.raises(SystemExit):
         load_config(DPOConfig, ["--help"])
-    text = capsys.readouterr().out
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     config = DPOConfig()
     for section in dataclasses.fields(config):
         value = getattr(config, section.name)
-        keys = dataclasses.fields(value) if dataclasses.is_dataclass(value) else []
-        for key in keys:
-            assert f"--{section.name}.{key.name}" in text
-            assert type(value).__dict__["__doc__"]
+        for key in dataclasses.fields(value) if dataclasses.is_dataclass(value) else []:
+            # The option, its type, then at least three words of meaning before the default.
+            pattern = rf"--{section.name}\.{key.name} \S.*?(\w+\W+){{3,}}.*?\(default: "
+            assert re.search(pattern, text), f"{section.name}.{key.name}"
+
+
+SCHEMAS = {
+    "sft": SFTConfig,
+    "reward": RewardConfig,
+    "refresh": RewardConfig,
+    "dpo": DPOConfig,
+    "online": DPOConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
+    "ultramedical": PipelineConfig,
+}
+
+
+def test_every_config_that_is_shipped_is_valid():
+    paths = sorted(Path(sft.__file__).parent.glob("configs/*/*.toml"))
+    assert len(paths) >= 14
+    for path in paths:
+        config = read_config(SCHEMAS[path.stem], path)
+        if path.parent.name != "demo":
+            assert config.output == f"runs/{path.parent.name}/{path.stem}"

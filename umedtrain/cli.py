@@ -78,6 +78,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             {"convert": convert, "chat": chat},
             description="Post-training for Llama-3.",
+            use_underscores=True,
             config=(tyro.conf.FlagConversionOff,),
         )
     except (ValueError, OSError) as error:

@@ -160,7 +160,7 @@ def load_config(schema: type[Config], argv: Sequence[str]) -> Config:
     from_file = schema()
     if argv and not argv[0].startswith("-"):
         from_file = read_config(schema, Path(argv.pop(0)))
-    return tyro.cli(schema, default=from_file, args=argv, config=(tyro.conf.FlagConversionOff,))
+    return tyro.cli(schema, default=from_file, args=argv, use_underscores=True, config=(tyro.conf.FlagConversionOff,))
 
 
 def read_config(schema: type[Config], path: Path) -> Config:

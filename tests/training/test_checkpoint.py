@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import resource
 import signal
 import time
@@ -118,3 +119,19 @@ def test_a_missing_shard_is_named(tmp_path):
     (message,) = run_ranks(1, damaged, str(tmp_path))
     assert "step-00000005" in message
     assert "distcp" in message
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_soak_kills_at_many_random_moments(tmp_path):
+    random.seed(0)
+    undisturbed = run_ranks(1, run, str(tmp_path / "whole"), "sft", OPTIONS)
+    for attempt in range(20):
+        folder = tmp_path / str(attempt)
+        for step in sorted(random.sample(range(1, 15), 3)):
+            with pytest.raises(AssertionError):
+                run_ranks(1, killed_run, str(folder), "sft", OPTIONS, step, timeout=20)
+        resumed = run_ranks(1, run, str(folder), "sft", OPTIONS)
+        assert curve(folder) == curve(tmp_path / "whole")
+        for name, value in undisturbed[0][1].items():
+            assert torch.equal(resumed[0][1][name], value), name
