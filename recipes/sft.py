@@ -6,19 +6,11 @@ Reads conversation files, packs them without padding, trains on the assistant's 
 directory in OUTPUT/export. Start the same command again to go on after an interruption.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from umedtrain.config import (
-    BatchConfig,
-    CheckpointConfig,
-    DataConfig,
-    LogConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-)
+from umedtrain.config import TrainingConfig
 from umedtrain.data.example import encode_conversation
 from umedtrain.data.sources import load_sources
 from umedtrain.distributed.world import World
@@ -31,18 +23,11 @@ from umedtrain.training.tasks import SFTTask
 
 
 @dataclass(frozen=True)
-class SFTConfig:
+class SFTConfig(TrainingConfig):
     """Supervised fine-tuning of a Llama on conversations."""
 
     output: str = "runs/sft"
     """Folder of the run."""
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    batch: BatchConfig = field(default_factory=BatchConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    log: LogConfig = field(default_factory=LogConfig)
 
 
 def run(config: SFTConfig, world: World) -> Path:

@@ -12,6 +12,7 @@ def convert(
     target: tyro.conf.Positional[Path],
     *,
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16",
+    rope_factor: float | None = None,
 ) -> None:
     """Convert a checkpoint to a Hugging Face directory, tokenizer included.
 
@@ -19,12 +20,13 @@ def convert(
         source: Hugging Face directory, Meta directory (params.json and consolidated.*.pth) or GGUF file.
         target: Directory to write.
         dtype: Dtype of the written weights.
+        rope_factor: RoPE scaling factor of a Meta directory, which its params.json leaves out: 32 for Llama 3.2.
     """
     import torch
 
     from umedtrain import weights
 
-    weights.convert(source, target, dtype=getattr(torch, dtype))
+    weights.convert(source, target, dtype=getattr(torch, dtype), rope_factor=rope_factor)
     print(f"wrote {target}")
 
 

@@ -132,6 +132,21 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """What every training recipe has."""
+
+    output: str = "runs/training"
+    """Folder of the run."""
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    batch: BatchConfig = dataclasses.field(default_factory=BatchConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+@dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How completions are drawn."""
 

@@ -1,0 +1,94 @@
+"""Rewards of answers: whatever is computed together, each is that of one forward pass."""
+
+import pytest
+import torch
+
+from umedtrain.evaluation.scoring import score_answers
+from umedtrain.model.heads import RewardModel
+from umedtrain.model.layout import Layout
+
+PROMPTS = [[1, 2, 3, 4, 5, 6, 7], [8, 9], [1, 2, 3], [90]]
+ANSWERS = [
+    [[10, 11], [12], [10, 11], [13, 14, 15, 16, 17]],
+    [[20, 21, 22, 23, 24, 25, 26]],
+    [[10, 11], [12], [12], [12]],
+    [[30], [31, 32], [33, 34, 35]],
+]
+LONGEST = 12  # prompt 0 and its last answer
+
+
+@pytest.fixture
+def model(tiny_config) -> RewardModel:
+    model = RewardModel(tiny_config)
+    model.init_weights(seed=0)
+    with torch.no_grad():
+        model.score.weight.normal_(0.0, 1.0, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.fixture
+def calls(model) -> list[tuple[int, int]]:
+    """(tokens, segments) of each forward pass."""
+    seen = []
+    model.register_forward_pre_hook(lambda _, inputs: seen.append((len(inputs[0]), inputs[1].num_segments)))
+    return seen
+
+
+@torch.no_grad()
+def one_by_one(model: RewardModel) -> list[list[float]]:
+    def reward(ids):
+        return float(model(torch.tensor(ids), Layout.packed([len(ids)]))[0])
+
+    return [[reward(prompt + answer) for answer in group] for prompt, group in zip(PROMPTS, ANSWERS, strict=True)]
+
+
+@pytest.mark.parametrize("max_tokens", [LONGEST, 13, 14, 17, 20, 25, 1000])
+def test_equals_one_forward_pass_per_answer(model, max_tokens):
+    wanted = one_by_one(model)
+    assert len({round(reward, 3) for group in wanted for reward in group}) == 9, "rewards must differ for a test"
+    found = score_answers(model, PROMPTS, ANSWERS, max_tokens=max_tokens)
+    assert [len(group) for group in found] == [4, 1, 4, 3]
+    for found_group, wanted_group in zip(found, wanted, strict=True):
+        assert found_group == pytest.approx(wanted_group, abs=1e-5)
+
+
+def test_equal_answers_and_prompts_are_computed_once(model, calls):
+    score_answers(model, PROMPTS, ANSWERS)
+    # Tokens: prompt 7 + 2 + 1 + 5, 2 + 7, 3 + 2 + 1, 1 + 1 + 2 + 3. Segments: 4, 2, 3, 4.
+    assert calls == [(15 + 9 + 6 + 7, 13)]
+
+
+@pytest.mark.parametrize("max_tokens", [LONGEST, 15, 20])
+def test_budget_is_kept(model, calls, max_tokens):
+    score_answers(model, PROMPTS, ANSWERS, max_tokens=max_tokens)
+    assert len(calls) > 1
+    assert max(tokens for tokens, _ in calls) <= max_tokens
+
+
+def test_answers_split_over_passes_repeat_their_prompt(model, calls):
+    score_answers(model, PROMPTS[:1], ANSWERS[:1], max_tokens=LONGEST)
+    # 7 + 2 + 1 fit together, the answer of five tokens has a pass and the prompt for itself.
+    assert calls == [(10, 3), (12, 2)]
+
+
+def test_equal_answers_get_equal_rewards(model):
+    first = score_answers(model, PROMPTS, ANSWERS)
+    assert first[0][0] == first[0][2]
+    assert len(set(first[2][1:])) == 1
+
+
+def test_nothing_to_score(model, calls):
+    assert score_answers(model, [], []) == []
+    assert score_answers(model, [[1, 2]], [[]]) == [[]]
+    assert calls == []
+
+
+def test_errors_name_the_prompt(model):
+    with pytest.raises(ValueError, match="prompt 1: prompt and answer must hold at least one token"):
+        score_answers(model, [[1], []], [[[2]], [[3]]])
+    with pytest.raises(ValueError, match="prompt 0: prompt and answer must hold at least one token"):
+        score_answers(model, [[1]], [[[2], []]])
+    with pytest.raises(ValueError, match="prompt 0: prompt and answer hold 12 tokens, over max_tokens = 11"):
+        score_answers(model, PROMPTS, ANSWERS, max_tokens=LONGEST - 1)
+    with pytest.raises(ValueError, match="argument 2 is"):
+        score_answers(model, PROMPTS, ANSWERS[:2])
