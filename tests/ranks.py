@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
+def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout: float = 240.0) -> list[Any]:
     """`function(world, *args)` on `num_ranks` fresh processes; their results by rank. Raises what a rank raised."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:

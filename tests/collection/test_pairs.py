@@ -165,5 +165,5 @@ def test_rows_are_readable(tmp_path):
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match="shorter"):
         list(checked_pairs([VIRUS, OPEN], [row(A, B)], seed=0))
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="longer"):
         list(ranked_pairs([prompt("Why?")], [row(A, B)], [[1.0]], seed=0))

@@ -1,4 +1,4 @@
-"""Our losses against TRL's trainers: the same weights, and the very token ids of the batches that those trainers make."""
+"""Our losses against TRL's trainers: the same weights, and the very token ids of the batches that they make."""
 
 import pytest
 import torch
@@ -96,8 +96,7 @@ def their_batch(trainer) -> dict[str, torch.Tensor]:
 def sequences(inputs: dict[str, torch.Tensor]) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids of the chosen and of the rejected sequences of their batch, without padding."""
     ids = [row[mask.bool()].tolist() for row, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)]
-    assert len(ids) == 2 * len(PAIRS)
-    return ids[: len(PAIRS)], ids[len(PAIRS) :]
+    return ids[: len(ids) // 2], ids[len(ids) // 2 :]
 
 
 def pair_batch(chosen: list[list[int]], rejected: list[list[int]], prompt_lengths: list[int]) -> Batch:
@@ -105,16 +104,16 @@ def pair_batch(chosen: list[list[int]], rejected: list[list[int]], prompt_length
     for better, worse, length in zip(chosen, rejected, prompt_lengths, strict=True):
         assert better[:length] == worse[:length]
         assert better[-1] == worse[-1] == EOS
-        examples.append(
-            Example(
-                (
-                    segment(better[:length], [0] * length),
-                    segment(better[length:], parent=0),
-                    segment(worse[length:], parent=0),
-                )
-            )
-        )
+        prompt = segment(better[:length], [0] * length)
+        examples.append(Example((prompt, segment(better[length:], parent=0), segment(worse[length:], parent=0))))
     return collate(examples)
+
+
+def dpo_batch(inputs: dict[str, torch.Tensor]) -> Batch:
+    """The same pairs, cut into prompt and answers where their completion mask says."""
+    chosen, rejected = sequences(inputs)
+    answer_lengths = inputs["completion_mask"].sum(1)[: len(chosen)].tolist()
+    return pair_batch(chosen, rejected, [len(ids) - n for ids, n in zip(chosen, answer_lengths, strict=True)])
 
 
 def assert_same_loss_and_gradients(their_loss, theirs, our_loss, ours) -> None:
@@ -129,32 +128,47 @@ def assert_same_loss_and_gradients(their_loss, theirs, our_loss, ours) -> None:
         torch.testing.assert_close(parameter.grad, grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_dpo(words, tmp_path):
+def dpo_trainer(words, directory, **options) -> tuple[trl.DPOTrainer, Llama, Llama]:
+    """Their trainer, and its policy and reference as our models."""
     policy, reference = hf_model(seed=1), hf_model(seed=2)
-    our_policy = our_model(Llama, policy, tmp_path / "policy")
-    our_reference = our_model(Llama, reference, tmp_path / "reference")
+    our_policy = our_model(Llama, policy, directory / "policy")
+    our_reference = our_model(Llama, reference, directory / "reference")
     trainer = trl.DPOTrainer(
         policy,
         reference,
-        args=trl.DPOConfig(beta=0.3, **settings(tmp_path)),
+        args=trl.DPOConfig(beta=0.3, **(settings(directory) | options)),
         train_dataset=rows(with_prompt=True),
         processing_class=words,
     )
+    return trainer, our_policy, our_reference
+
+
+def test_dpo(words, tmp_path):
+    trainer, our_policy, our_reference = dpo_trainer(words, tmp_path)
     inputs = their_batch(trainer)
     wanted = trainer.compute_loss(trainer.model, inputs)
-    chosen, rejected = sequences(inputs)
-    answer_lengths = inputs["completion_mask"].sum(1)[: len(PAIRS)].tolist()
-    prompt_lengths = [len(ids) - length for ids, length in zip(chosen, answer_lengths, strict=True)]
-    # The dataloader shuffles.
-    assert sorted(prompt_lengths) == sorted(len(prompt.split()) for prompt, _, _ in PAIRS)
-    batch = pair_batch(chosen, rejected, prompt_lengths)
+    batch = dpo_batch(inputs)
+    assert batch.num_examples == len(PAIRS)
     total, metrics = DPOTask(our_reference, beta=0.3)(our_policy, batch)
     assert metrics["reward_chosen"].abs() > 0.05, "policy and reference must differ"
-    assert_same_loss_and_gradients(wanted, policy, total / len(PAIRS), our_policy)
+    assert_same_loss_and_gradients(wanted, trainer.model, total / len(PAIRS), our_policy)
     logged = trainer._metrics["eval"]
     for ours, theirs in (("reward_chosen", "rewards/chosen"), ("reward_rejected", "rewards/rejected")):
         assert float(metrics[ours]) / len(PAIRS) == pytest.approx(logged[theirs][0], abs=1e-5)
     assert float(metrics["accuracy"]) / len(PAIRS) == pytest.approx(logged["rewards/accuracies"][0])
+
+
+def test_smoothed_dpo(words, tmp_path):
+    """Of their losses, "aot" smooths labels as we do ("robust" subtracts and divides); of one pair it is cDPO's."""
+    trainer, our_policy, our_reference = dpo_trainer(
+        words, tmp_path, loss_type="aot", label_smoothing=0.2, per_device_train_batch_size=1
+    )
+    batches = list(trainer.get_train_dataloader())
+    assert len(batches) == len(PAIRS)
+    task = DPOTask(our_reference, beta=0.3, label_smoothing=0.2)
+    for inputs in batches:
+        wanted = trainer.compute_loss(trainer.model, dict(inputs))
+        torch.testing.assert_close(task(our_policy, dpo_batch(inputs))[0], wanted, atol=1e-5, rtol=0)
 
 
 def test_reward(words, tmp_path):

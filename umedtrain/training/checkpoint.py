@@ -75,7 +75,7 @@ class Checkpoints:
         problem = None
         try:
             dcp.save(state, checkpoint_id=partial)
-        except Exception as error:
+        except _STORAGE_ERRORS as error:
             problem = f"rank {self.world.rank}: {_root_cause(error)}"
         if problem is None and self.world.is_main:
             try:
@@ -103,7 +103,7 @@ class Checkpoints:
         state |= rng
         try:
             dcp.load(state, checkpoint_id=path)
-        except Exception as error:
+        except _STORAGE_ERRORS as error:
             raise ValueError(
                 f"{path}: checkpoint does not load into this model ({_root_cause(error)}); "
                 "start with the config that wrote it, or in another run folder"
