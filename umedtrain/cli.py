@@ -85,7 +85,7 @@ def main() -> None:
             use_underscores=True,
             config=(tyro.conf.FlagConversionOff,),
         )
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ModuleNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -74,7 +74,7 @@ def test_checked_pairs_need_both_kinds(texts):
 
 
 def test_checked_pairs_at_most():
-    questions = [VIRUS, Question("q3", "Which?", ("x", "y", "z"), "A", "", "made")]
+    questions = [VIRUS, Question("q3", "Which?", ("x", "y", "z"), "B", "", "made")]
     rows = [row(*(f"{i}. {text}" for i in range(4) for text in (A, B, C)))] * 2
     everything = [texts_of(checked_pairs([q], [r], seed=0)) for q, r in zip(questions, rows, strict=True)]
     assert [len(pairs) for pairs in everything] == [32, 32]
@@ -85,6 +85,7 @@ def test_checked_pairs_at_most():
     found = drawn(5)
     assert [identity for identity, _, _ in found] == ["q1"] * 3 + ["q3"] * 3
     assert len(set(found)) == 6
+    assert [pair[1:] for pair in found[:3]] != [pair[1:] for pair in found[3:]], "each question has its own draw"
     assert {pair[1:] for pair in found[:3]} <= set(everything[0])
     assert found == drawn(5)
     assert found != drawn(6)

@@ -86,3 +86,35 @@ def refused_mesh(world):
 
 def test_a_world_that_does_not_divide_is_refused():
     assert run_ranks(1, refused_mesh) == [[1.5, 2.0]]
+
+
+def samples_while_training(world):
+    """Sample from the sharded model, train a step, sample again, train again."""
+    from umedtrain.distributed.sharding import fill_model, full_tensors, gather_model, shard_model
+    from umedtrain.sampling import Sampler, SamplingParams
+
+    with torch.device("meta"):
+        model = Llama(config("untied"))
+    shard_model(model, world.mesh(0), dtype=torch.float32)
+    fill_model(model, lambda name, size: 9 * initial_weight(name, size, config("untied"), seed=1), world.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    params = SamplingParams(max_tokens=12, temperature=1.0, n=3, seed=4)
+    rounds = []
+    for tokens in stream()[:2]:
+        copy = gather_model(model, world.device, dtype=torch.float32)
+        outputs = Sampler(copy, eos_ids=()).generate([[5, 6, 7], [8]], params)
+        rounds.append([[sample.tokens for sample in of_prompt] for of_prompt in outputs])
+        # Every rank computes the same loss, and gradients are summed over ranks.
+        (loss_of(model, tokens, "untied") / (12 * world.size)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return rounds, dict(full_tensors(model))
+
+
+def test_a_live_sharded_model_is_sampled_from_between_steps():
+    alone = run_ranks(1, samples_while_training)[0]
+    for rounds, weights in run_ranks(2, samples_while_training):
+        assert rounds == alone[0]
+        assert rounds[0] != rounds[1]
+        for name, value in weights.items():
+            torch.testing.assert_close(value, alone[1][name], rtol=1e-4, atol=1e-5)

@@ -112,14 +112,14 @@ def score_benchmark(
 
 
 def _ranked_rightly(item: Samples) -> float | None:
-    """Share of pairs of a different right and wrong answer that are ranked rightly; equal pairs count once."""
-    pairs = {
-        (good, bad, answer)
-        for good, right in zip(item.rewards, item.answers, strict=True)
-        for bad, answer in zip(item.rewards, item.answers, strict=True)
-        if right == item.gold and answer != item.gold
-    }
-    shares = [1.0 if good > bad else 0.5 if good == bad else 0.0 for good, bad, _ in sorted(pairs, key=repr)]
+    """Share of pairs of a right and a wrong answer that the rewards rank rightly; None when all are right or all wrong.
+
+    Equal answers with equal rewards count once, so that what a policy says often does not drown the rest.
+    """
+    distinct = dict.fromkeys(zip(item.answers, item.rewards, strict=True))
+    good = [reward for answer, reward in distinct if answer == item.gold]
+    bad = [reward for answer, reward in distinct if answer != item.gold]
+    shares = [1.0 if g > b else 0.5 if g == b else 0.0 for g in good for b in bad]
     return sum(shares) / len(shares) if shares else None
 
 

@@ -38,7 +38,7 @@ def launch(schema: type[Config], run: Callable[[Config, World], Any]) -> None:
         config = load_config(schema, sys.argv[1:])
         world = initialize()
         run(config, world)
-    except (ValueError, CheckpointWriteError, FloatingPointError, OSError) as error:
+    except (ValueError, CheckpointWriteError, FloatingPointError, OSError, ModuleNotFoundError) as error:
         where = f"[rank {dist.get_rank()}] " if dist.is_initialized() and dist.get_world_size() > 1 else ""
         print(f"{where}error: {error}", file=sys.stderr, flush=True)
         # Other ranks may wait for this one in a collective: leave at once, so that torchrun ends them.
