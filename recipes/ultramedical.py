@@ -86,6 +86,8 @@ class PipelineConfig:
     """How answers to the online split are sampled."""
     guesses: int = 3
     """Answers per question of an annotator who names a chapter at random."""
+    dpo_questions: int = 4000
+    """Questions of the preference split that DPO sees, one pair each. The reward model has to know more: it sees all."""
     reward_pairs: int = 3
     """Pairs per question, at most, that the reward model trains on. 0: all."""
 
@@ -235,9 +237,10 @@ def build_pairs(stages: Stages, policy: Path, folder: str) -> tuple[str, str]:
     """
     config = stages.config
     rows = stages.answers(policy, "preference", f"{folder}/answers", config.candidates)
-    questions = read_questions(stages.data("preference"))
+    questions, few = read_questions(stages.data("preference")), config.dpo_questions
     one = stages.write(
-        f"{folder}/one_pair.jsonl", lambda: list(checked_pairs(questions, rows, most=1, seed=config.seed))
+        f"{folder}/one_pair.jsonl",
+        lambda: list(checked_pairs(questions[:few], rows[:few], most=1, seed=config.seed)),
     )
     several = stages.write(
         f"{folder}/pairs.jsonl",
