@@ -87,7 +87,7 @@ class PipelineConfig:
     guesses: int = 3
     """Answers per question of an annotator who names a chapter at random."""
     dpo_questions: int = 4000
-    """Questions of the preference split that DPO sees, one pair each. The reward model has to know more: it sees all."""
+    """Questions of the preference split that DPO sees, one pair each. The reward model sees all of them."""
     reward_pairs: int = 3
     """Pairs per question, at most, that the reward model trains on. 0: all."""
 

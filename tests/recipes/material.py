@@ -56,7 +56,8 @@ def make_files(folder):
 def torchrun(recipe, *arguments, timeout=60):
     """The recipe as a user starts it, on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [*command, str(ROOT / "recipes" / f"{recipe}.py"), *map(str, arguments)],
         env=environment | {"OMP_NUM_THREADS": "1"},

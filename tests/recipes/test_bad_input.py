@@ -5,20 +5,20 @@ import json
 import shutil
 
 import pytest
+from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 
 from tests.ranks import run_ranks
-from tests.recipes.material import conversation, torchrun, write_rows
+from tests.recipes.material import ROOT, conversation, torchrun, write_rows
 from umedtrain.config import BatchConfig, DataConfig, LogConfig, ModelConfig, ParallelConfig, load_config, write_config
-from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 from umedtrain.text.sentencepiece import train_sentencepiece
 
 
-def config_of(recipe, folder, files, *, data="conversations.jsonl", **sections):
+def config_of(recipe, folder, files, *, file="conversations.jsonl", **sections):
     """A config that works, but for what `sections` put in its place."""
     defaults = {
         "output": str(folder / "run"),
         "model": ModelConfig(preset="half-m", tokenizer=str(files / "tokenizer.model")),
-        "data": DataConfig(files=(str(files / data),), max_tokens=400),
+        "data": DataConfig(files=(str(files / file),), max_tokens=400),
         "batch": BatchConfig(examples=4, micro_batch_tokens=400, max_steps=1),
         "parallel": ParallelConfig(dtype="float32"),
         "log": LogConfig(progress=False),
@@ -92,7 +92,7 @@ def test_data_that_cannot_be_used(files, world, tmp_path, case):
     rows, parts = ROWS[case]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ValueError) as error:
-        sft.run(sft_of(tmp_path, files, data=path), world)
+        sft.run(sft_of(tmp_path, files, file=path), world)
     assert_one_sentence(error, path, *parts)
     assert not (tmp_path / "run" / "summary.json").exists()
 
@@ -165,8 +165,8 @@ def test_a_checkpoint_that_is_damaged(files, checkpoint, world, tmp_path, recipe
             "dpo": (dpo.DPOConfig, dpo.run),
             "reward": (reward.RewardConfig, reward.run),
         }[recipe]
-        data = "conversations.jsonl" if recipe == "sft" else "preferences.jsonl"
-        config = config_of(schema, tmp_path, files, data=data, model=ModelConfig(path=str(broken)))
+        file = "conversations.jsonl" if recipe == "sft" else "preferences.jsonl"
+        config = config_of(schema, tmp_path, files, file=file, model=ModelConfig(path=str(broken)))
     with pytest.raises(ValueError) as error:
         run(config, world)
     assert_one_sentence(error, str(broken), "model.safetensors")
@@ -206,4 +206,4 @@ def test_an_error_that_one_rank_meets_ends_all_ranks_without_a_hang(files, tmp_p
     sentences = [line for line in process.stderr.splitlines() if "error: " in line and "metrics.jsonl" in line]
     assert len(sentences) == 1, process.stderr
     assert sentences[0].startswith("[rank 0] error: ")
-    assert "umedtrain/training" not in process.stderr, process.stderr
+    assert f'File "{ROOT}' not in process.stderr, process.stderr

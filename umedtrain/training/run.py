@@ -11,6 +11,7 @@ summary.json        totals and every dropped row's reason; written last, so its 
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,7 +45,19 @@ def launch(schema: type[Config], run: Callable[[Config, World], Any]) -> None:
         # Other ranks may wait for this one in a collective: leave at once, so that torchrun ends them.
         sys.stdout.flush()
         os._exit(1)
+    except RuntimeError as error:
+        # gloo and NCCL raise this where a rank waits for one that has ended; that rank's own message says why.
+        if not _in_collective(error):
+            raise
+        print(f"[rank {dist.get_rank()}] error: another rank ended; its message says why", file=sys.stderr, flush=True)
+        os._exit(1)
     finalize()
+
+
+def _in_collective(error: BaseException) -> bool:
+    """Whether the innermost Python frame is one of torch.distributed's collectives."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return frame.f_globals.get("__name__") == "torch.distributed.distributed_c10d"
 
 
 def start_run(folder: Path, config: Any, world: World) -> bool:
