@@ -75,7 +75,7 @@ class PipelineConfig:
     """Seed of data, weights, shuffling and sampling of every stage."""
     configs: str = "recipes/configs/demo"
     """Folder with sft.toml, reward.toml, refresh.toml, dpo.toml, online.toml and evaluate.toml."""
-    evaluate_on: Literal["validation", "test"] = "test"
+    evaluate_on: Literal["validation", "test"] = "validation"
     """Split of the final evaluation. Choose settings on validation; test is for the end."""
     vocab_size: int = 1536
     """Entries of the tokenizer that is trained on the SFT split."""
@@ -86,7 +86,7 @@ class PipelineConfig:
     """How answers to the online split are sampled."""
     guesses: int = 3
     """Answers per question of an annotator who names a chapter at random."""
-    dpo_questions: int = 4000
+    dpo_questions: int = 8000
     """Questions of the preference split that DPO sees, one pair each. The reward model sees all of them."""
     reward_pairs: int = 3
     """Pairs per question, at most, that the reward model trains on. 0: all."""
