@@ -10,6 +10,7 @@ is skipped when its folder holds the finished run: start the same command again 
 import dataclasses
 import json
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -312,7 +313,7 @@ def report(stages: Stages, results: dict[str, Any], final_model: Path) -> None:
             "Paired differences on the same questions (exact McNemar test, paired bootstrap for the mean sample):\n",
             markdown_table(["step", "difference, 95% interval, p"], comparisons(results)),
             markdown_table(["stage", "seconds", "training tokens/s"], speeds(stages)),
-            f"Chat with the result: umedtrain chat {final_model} --remember False\n",
+            f"Chat with the result: {Path(sys.executable).with_name('umedtrain')} chat {final_model} --remember False\n",
         ]
     )
     (stages.root / "report.md").write_text(text, encoding="utf-8")
