@@ -301,6 +301,7 @@ def report(stages: Stages, results: dict[str, Any], final_model: Path) -> None:
         [name, *(Estimate(**result["accuracy"][method]) for method in SHOWN), result["unparsed"]["greedy"]]
         for name, result in results.items()
     ]
+    command = Path(sys.executable).with_name("umedtrain")
     ranking = [[name, Estimate(**result["reward_accuracy"])] for name, result in results.items()]
     text = "\n".join(
         [
@@ -313,7 +314,7 @@ def report(stages: Stages, results: dict[str, Any], final_model: Path) -> None:
             "Paired differences on the same questions (exact McNemar test, paired bootstrap for the mean sample):\n",
             markdown_table(["step", "difference, 95% interval, p"], comparisons(results)),
             markdown_table(["stage", "seconds", "training tokens/s"], speeds(stages)),
-            f"Chat with the result: {Path(sys.executable).with_name('umedtrain')} chat {final_model} --remember False\n",
+            f"Chat with the result: {command} chat {final_model} --remember False\n",
         ]
     )
     (stages.root / "report.md").write_text(text, encoding="utf-8")
