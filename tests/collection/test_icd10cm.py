@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 
 from umedtrain.collection import icd10cm
+from umedtrain.evaluation.extraction import extract_answer
 from umedtrain.records import read_conversations, read_prompts
 
 pytest.importorskip("simple_icd_10_cm", reason="the extra `demo` is not installed")
@@ -60,7 +61,7 @@ def test_answers_are_the_chapters_of_the_codes(built):
             assert (human["from"], gpt["from"]) == ("human", "gpt")
             assert row["answer"] == icd10cm.LABELS[chapter]
             assert gpt["value"] == f"So, the answer is {row['answer']}."
-            assert icd10cm.final_answer(gpt["value"]) == row["answer"]
+            assert extract_answer(gpt["value"]) == row["answer"]
 
 
 def test_online_rows_hold_no_answer(built):
@@ -134,20 +135,6 @@ def test_titles_that_differ_in_side_only_are_kept_once(titles):
 def test_labels_are_single_different_words():
     assert len(set(icd10cm.LABELS.values())) == len(icd10cm.LABELS) == 21
     assert all(label.isalpha() for label in icd10cm.LABELS.values())
-
-
-@pytest.mark.parametrize(
-    "text, answer",
-    [
-        ("So, the answer is Eye.", "Eye"),
-        ("Disorders of lens. So, the answer is Eye.\n", "Eye"),
-        ("So, the answer is Eye. Or not.", None),
-        ("The answer is Eye.", None),
-        ("So, the answer is .", None),
-    ],
-)
-def test_final_answer(text, answer):
-    assert icd10cm.final_answer(text) == answer
 
 
 @pytest.mark.parametrize(

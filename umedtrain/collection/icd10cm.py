@@ -224,12 +224,6 @@ def content_words(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]{3,}", text.lower())) - _EMPTY_WORDS
 
 
-def final_answer(text: str) -> str | None:
-    """The word that an answer ends on, "X" in "So, the answer is X.", or None if it does not end so."""
-    match = re.search(r"So, the answer is ([A-Za-z]+)\.\s*$", text)
-    return match[1] if match else None
-
-
 def _variant_key(text: str) -> str:
     return " ".join(_VARIANT_WORDS.sub(" ", text.lower()).split()) or text.lower()
 
