@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 8 recipes/reward.py recipes/configs/llama3_8b/reward.toml --optimizer.lr 2e-6
 
-A prompt is computed once and both answers read it. Starts from a language model (fresh head) or a reward model, and
+A prompt is computed once and all its answers read it. Starts from a language model (fresh head) or a reward model, and
 leaves a `LlamaForSequenceClassification` in OUTPUT/export.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from umedtrain.config import TrainingConfig
 from umedtrain.data.example import encode_preference
+from umedtrain.data.ranking import merge_pairs
 from umedtrain.data.sources import load_sources
 from umedtrain.distributed.world import World
 from umedtrain.model.heads import RewardModel
@@ -28,6 +29,9 @@ class RewardConfig(TrainingConfig):
 
     output: str = "runs/reward"
     """Folder of the run."""
+    merge_pairs: bool = True
+    """Make the pairs of a prompt one example, in which every answer is computed once; batch.examples then counts
+    prompts. Without, every pair is an example of its own."""
 
 
 def run(config: RewardConfig, world: World) -> Path:
@@ -45,6 +49,8 @@ def run(config: RewardConfig, world: World) -> Path:
         trim=config.data.trim,
     )
     sources, drops = load_sources(config.data.files, read_preferences, encode)
+    if config.merge_pairs:
+        sources = [merge_pairs(examples, max_tokens=config.data.max_tokens) for examples in sources]
     loader = build_loader(sources, config.data, config.batch, world)
 
     model = build_model(RewardModel, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)

@@ -45,4 +45,4 @@ def pair(first: int = 0, prompt: int = 3, chosen: int = 2, rejected: int = 4) ->
     ids = iter(range(first, first + prompt + chosen + rejected))
     parts = [[next(ids) for _ in range(length)] for length in (prompt, chosen, rejected)]
     segments = (segment(parts[0], [0] * prompt), segment(parts[1], parent=0), segment(parts[2], parent=0))
-    return Example(segments, "pair.jsonl", first + 1)
+    return Example(segments, "pair.jsonl", first + 1, pairs=((0, 1),))

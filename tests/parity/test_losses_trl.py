@@ -105,7 +105,8 @@ def pair_batch(chosen: list[list[int]], rejected: list[list[int]], prompt_length
         assert better[:length] == worse[:length]
         assert better[-1] == worse[-1] == EOS
         prompt = segment(better[:length], [0] * length)
-        examples.append(Example((prompt, segment(better[length:], parent=0), segment(worse[length:], parent=0))))
+        answers = (segment(better[length:], parent=0), segment(worse[length:], parent=0))
+        examples.append(Example((prompt, *answers), pairs=((0, 1),)))
     return collate(examples)
 
 

@@ -37,7 +37,8 @@ def pairs(count, seed=0):
         return Segment(random.integers(0, 67, length).astype(np.int32), np.full(length, learned), parent)
 
     return [
-        Example((segment(2, 10, False, None), segment(1, 7, True, 0), segment(1, 7, True, 0))) for _ in range(count)
+        Example((segment(2, 10, False, None), segment(1, 7, True, 0), segment(1, 7, True, 0)), pairs=((0, 1),))
+        for _ in range(count)
     ]
 
 

@@ -1,6 +1,6 @@
 """A micro-batch: the tokens of some examples as one packed stream, and which rows predict which targets.
 
-Shape suffixes: T tokens of the stream, N targets.
+Shape suffixes: T tokens of the stream, N targets, P pairs of answers.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,9 @@ class Batch:
             answer.
         targets_N: int64, ids to be predicted.
         segment_of_N: int64, the layout's segment that each target stands in.
+        better_P: int64, place among the layout's leaves of each pair's better answer.
+        worse_P: int64, the same of its worse answer.
+        weights_P: fp32, 1 / (pairs of the pair's example): an example's pairs count as one together.
         num_examples: how many examples the batch holds; may be 0.
         num_tokens: tokens of the examples; 0 in a batch without examples, whose one token is a filler.
     """
@@ -34,6 +37,9 @@ class Batch:
     rows_N: torch.Tensor
     targets_N: torch.Tensor
     segment_of_N: torch.Tensor
+    better_P: torch.Tensor
+    worse_P: torch.Tensor
+    weights_P: torch.Tensor
     num_examples: int
     num_tokens: int
 
@@ -41,6 +47,11 @@ class Batch:
     def num_targets(self) -> int:
         """N: how many tokens are to be predicted."""
         return len(self.targets_N)
+
+    @property
+    def num_pairs(self) -> int:
+        """P: how many pairs of answers are compared."""
+        return len(self.better_P)
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with its tensors on another device."""
@@ -51,6 +62,9 @@ class Batch:
             rows_N=self.rows_N.to(device),
             targets_N=self.targets_N.to(device),
             segment_of_N=self.segment_of_N.to(device),
+            better_P=self.better_P.to(device),
+            worse_P=self.worse_P.to(device),
+            weights_P=self.weights_P.to(device),
         )
 
 
@@ -84,15 +98,31 @@ def collate(examples: Sequence[Example]) -> Batch:
             tokens.append(segment.tokens)
             start += len(segment.tokens)
             last_rows.append(start - 1)
+    better_P, worse_P, weights_P = _pairs(examples)
     return Batch(
         tokens_T=_int64(tokens or [np.zeros(1)]),
         layout=Layout.tree(segments or [(1, None)]),
         rows_N=_int64(rows),
         targets_N=_int64(targets),
         segment_of_N=_int64(segment_of),
+        better_P=better_P,
+        worse_P=worse_P,
+        weights_P=weights_P,
         num_examples=len(examples),
         num_tokens=start,
     )
+
+
+def _pairs(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`better_P`, `worse_P` and `weights_P` of a batch of these examples."""
+    pairs, weights, first_leaf = [], [], 0
+    for example in examples:
+        pairs += [(first_leaf + better, first_leaf + worse) for better, worse in example.pairs]
+        weights += [1 / len(example.pairs) for _ in example.pairs]
+        parents = {segment.parent for segment in example.segments}
+        first_leaf += sum(number not in parents for number in range(len(example.segments)))
+    pairs_P2 = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
+    return pairs_P2[:, 0], pairs_P2[:, 1], torch.tensor(weights, dtype=torch.float32)
 
 
 def _int64(pieces: list[np.ndarray]) -> torch.Tensor:

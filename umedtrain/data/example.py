@@ -43,12 +43,21 @@ class Segment:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Example:
-    """The segments of one record. `full_tokens`: its tokens before it was truncated; None if it was not."""
+    """The segments of one record.
+
+    Attributes:
+        segments: parents before their children.
+        source: file that the record stands in.
+        line: of that file.
+        full_tokens: tokens before the record was truncated; None if it was not.
+        pairs: (better, worse) numbers of answers, the childless segments counted from 0.
+    """
 
     segments: tuple[Segment, ...]
     source: str = ""
     line: int = 0
     full_tokens: int | None = None
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -162,7 +171,7 @@ def encode_preference(
         _whole_segment(prompt_ids, learned=False, parent=None),
         *(_whole_segment(ids, learned=True, parent=0) for ids in answers),
     )
-    return Example(segments, preference.source, preference.line)
+    return Example(segments, preference.source, preference.line, pairs=((0, 1),))
 
 
 def encode_all(

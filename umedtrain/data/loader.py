@@ -134,14 +134,15 @@ class Loader:
 
 
 def _content_digest(examples_by_source: Sequence[Sequence[Example]]) -> str:
-    """SHA-256 over tokens, masks and structure of all examples in order, wherever they were read from."""
+    """SHA-256 over tokens, masks, structure and pairs of all examples in order, wherever they were read from."""
     digest = hashlib.sha256()
     for examples in examples_by_source:
         digest.update(np.int64(len(examples)).tobytes())
         for example in examples:
             parents = [-1 if segment.parent is None else segment.parent for segment in example.segments]
             lengths = [len(segment.tokens) for segment in example.segments]
-            digest.update(np.array([len(parents), *parents, *lengths], dtype="<i8").tobytes())
+            pairs = [place for pair in example.pairs for place in pair]
+            digest.update(np.array([len(parents), *parents, *lengths, len(pairs), *pairs], dtype="<i8").tobytes())
             for segment in example.segments:
                 digest.update(segment.tokens.astype("<i4", copy=False).tobytes())
                 digest.update(segment.loss_mask.tobytes())

@@ -18,7 +18,7 @@ Sums = dict[str, torch.Tensor]
 
 
 class Task(Protocol):
-    """One kind of training. `unit` names what is counted: targets or pairs."""
+    """One kind of training. `unit` names what is counted: targets, pairs or prompts."""
 
     unit: str
 
@@ -43,11 +43,6 @@ def segment_sums(logp_N: torch.Tensor, batch: Batch) -> torch.Tensor:
     return sums_S.index_add(0, batch.segment_of_N, logp_N)
 
 
-def split_pairs(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Chosen and rejected of values that alternate chosen, rejected; ([P], [P])."""
-    return values[0::2], values[1::2]
-
-
 @dataclass(frozen=True)
 class SFTTask:
     """Supervised fine-tuning: negative log-likelihood of the targets."""
@@ -66,7 +61,7 @@ class SFTTask:
 class DPOTask:
     """Direct preference optimisation against a frozen copy of the model that training started from.
 
-    A batch's examples are a prompt with two children: chosen, rejected. `nll` adds that many times the chosen
+    A batch's examples are a prompt with its answers as children, and pairs of them. `nll` adds that many times the chosen
     answer's negative log-likelihood, which keeps both answers' probabilities from sinking together (Pang et al.
     2024, arXiv 2404.19733), here per pair and summed over the answer's tokens.
     """
@@ -79,12 +74,12 @@ class DPOTask:
     unit: str = "pairs"
 
     def count(self, batch: Batch) -> int:
-        return batch.num_examples
+        return batch.num_pairs
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
-        policy_P, other_P = split_pairs(self._answers(model, batch))
+        policy_P, other_P = self._pairs(model, batch)
         with torch.no_grad():
-            reference_P, reference_other_P = split_pairs(self._answers(self.reference, batch))
+            reference_P, reference_other_P = self._pairs(self.reference, batch)
         loss_P = losses.dpo(
             policy_P,
             other_P,
@@ -98,41 +93,46 @@ class DPOTask:
         other_reward_P = self.beta * (other_P - reference_other_P).detach()
         return loss, {
             "dpo_loss": loss_P.detach().sum(),
-            "accuracy": _accuracy(reward_P, other_reward_P),
+            "accuracy": _ranked_rightly(reward_P, other_reward_P).sum(),
             "reward_chosen": reward_P.sum(),
             "reward_rejected": other_reward_P.sum(),
             "logp_chosen": policy_P.detach().sum(),
             "logp_rejected": other_P.detach().sum(),
         }
 
-    def _answers(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        """fp32: log-probability of each answer, chosen and rejected by turns."""
+    def _pairs(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """fp32 [P] each: log-probabilities of each pair's better and worse answer."""
         sums_S = segment_sums(batch_logprobs(model, batch, chunk_bytes=self.chunk_bytes), batch)
-        return sums_S[list(batch.layout.leaves[: 2 * batch.num_examples])]
+        answers = sums_S[list(batch.layout.leaves)]
+        return answers[batch.better_P], answers[batch.worse_P]
 
 
 @dataclass(frozen=True)
 class RewardTask:
-    """Bradley-Terry reward modelling on pairs."""
+    """Bradley-Terry reward modelling; the pairs of one prompt count as one together.
 
-    unit: str = "pairs"
+    Prompts with many answers thus do not outweigh those with few (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
+    """
+
+    unit: str = "prompts"
 
     def count(self, batch: Batch) -> int:
         return batch.num_examples
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
         rewards = model(batch.tokens_T, batch.layout)
-        # A batch without examples holds one filler token; its reward is cut away but keeps the graph connected.
-        chosen_P, rejected_P = split_pairs(rewards[: 2 * batch.num_examples])
-        loss = losses.bradley_terry(chosen_P, rejected_P).sum() + 0.0 * rewards.sum()
+        better_P, worse_P, weights_P = rewards[batch.better_P], rewards[batch.worse_P], batch.weights_P
+        # A batch without examples holds one filler token, whose reward keeps the graph connected.
+        loss = (weights_P * losses.bradley_terry(better_P, worse_P)).sum() + 0.0 * rewards.sum()
+        better_P, worse_P = better_P.detach(), worse_P.detach()
         return loss, {
-            "accuracy": _accuracy(chosen_P.detach(), rejected_P.detach()),
-            "margin": (chosen_P - rejected_P).detach().sum(),
-            "reward_chosen": chosen_P.detach().sum(),
-            "reward_rejected": rejected_P.detach().sum(),
+            "accuracy": (weights_P * _ranked_rightly(better_P, worse_P)).sum(),
+            "margin": (weights_P * (better_P - worse_P)).sum(),
+            "reward_chosen": (weights_P * better_P).sum(),
+            "reward_rejected": (weights_P * worse_P).sum(),
         }
 
 
-def _accuracy(better_P: torch.Tensor, worse_P: torch.Tensor) -> torch.Tensor:
-    """Number of pairs ranked rightly; a tie counts half."""
-    return (better_P > worse_P).float().sum() + 0.5 * (better_P == worse_P).float().sum()
+def _ranked_rightly(better_P: torch.Tensor, worse_P: torch.Tensor) -> torch.Tensor:
+    """fp32 [P]: 1 for a pair ranked rightly, one half for a tie."""
+    return (better_P > worse_P).float() + 0.5 * (better_P == worse_P).float()
