@@ -47,7 +47,7 @@ setup(
         "umedtrain.kernels",
         "umedtrain.recipes",
     ],
-    package_data={"umedtrain.recipes": ["configs/*.toml", "configs/*/*.toml"]},
+    package_data={"umedtrain.kernels": ["*.toml"], "umedtrain.recipes": ["configs/*.toml", "configs/*/*.toml"]},
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

@@ -251,7 +251,7 @@ def test_command_convert_refuses_a_rope_factor_that_nobody_asks_for(saved, monke
     with pytest.raises(SystemExit) as stopped:
         cli.main()
     assert stopped.value.code == 1
-    assert capsys.readouterr().err == f"error: {saved} says itself how its RoPE is scaled; leave out --rope-factor\n"
+    assert capsys.readouterr().err == f"error: {saved} says itself how its RoPE is scaled; leave out rope_factor\n"
     assert not (tmp_path / "new").exists()
 
 

@@ -26,8 +26,6 @@ def convert(
 
     from umedtrain import weights
 
-    if rope_factor is not None and (source.is_file() or (source / "config.json").exists()):
-        raise ValueError(f"{source} says itself how its RoPE is scaled; leave out --rope-factor")
     weights.convert(source, target, dtype=getattr(torch, dtype), rope_factor=rope_factor)
     print(f"wrote {target}")
 

@@ -22,6 +22,8 @@ def open_checkpoint(path: str | Path, *, rope_factor: float | None = None) -> Ch
         CheckpointError: naming the file, and the key or the tensor (with its shapes) that does not fit.
     """
     path = Path(path)
+    if rope_factor is not None and (path.is_file() or (path / "config.json").exists()):
+        raise CheckpointError(f"{path} says itself how its RoPE is scaled; leave out rope_factor")
     if path.suffix == ".gguf" and path.is_file():
         from umedtrain.weights.gguf import open_gguf
 
