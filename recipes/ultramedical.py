@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,9 @@ from umedtrain.training.run import launch, start_run, write_json
 from umedtrain.weights import load_model
 
 ANSWER = "So, the answer is {}."
-SHOWN = ("greedy", "mean", "majority", "best_of_n", "oracle")
+MODELS = ("SFT", "DPO", "online DPO")
+"""Rows of the final table, in the order of training."""
+SHOWN = ("greedy", "mean", "majority", "weighted", "best_of_n", "oracle")
 """Columns of the final table."""
 
 
@@ -206,13 +209,10 @@ def run(config: PipelineConfig, world: World) -> None:
         fresh_reward_model = train_reward(stages, "refresh", reward_model, fresh_pairs)
     with stages.timed("online"):
         online_model = online_round(stages, dpo_model, fresh_reward_model)
-    models = {
-        "SFT": (sft_model, reward_model),
-        "DPO": (dpo_model, fresh_reward_model),
-        "online DPO": (online_model, fresh_reward_model),
-    }
+    policies = (sft_model, dpo_model, online_model)
+    reward_models = (reward_model, fresh_reward_model, fresh_reward_model)
     with stages.timed("evaluate"):
-        results = evaluate_all(stages, models)
+        results = evaluate_all(stages, dict(zip(MODELS, zip(policies, reward_models, strict=True), strict=True)))
     if world.is_main:
         report(stages, results, online_model)
 
@@ -324,13 +324,12 @@ def report(stages: Stages, results: dict[str, Any], final_model: Path) -> None:
 
 def comparisons(results: dict[str, Any]) -> list[list[Any]]:
     """Each step of the chain against the one before it, question by question."""
-    greedy = {name: result["scores"]["greedy"] for name, result in results.items()}
+    greedy = {name: results[name]["scores"]["greedy"] for name in MODELS}
     rows = [
-        ["SFT -> DPO, greedy", mcnemar(greedy["SFT"], greedy["DPO"])],
-        ["DPO -> online DPO, greedy", mcnemar(greedy["DPO"], greedy["online DPO"])],
+        [f"{before} -> {after}, greedy", mcnemar(greedy[before], greedy[after])] for before, after in pairwise(MODELS)
     ]
-    for name, result in results.items():
-        scores = result["scores"]
+    for name in MODELS:
+        scores = results[name]["scores"]
         rows += [
             [f"{name}: mean sample -> majority vote", paired_bootstrap(scores["mean"], scores["majority"], seed=0)],
             [f"{name}: majority vote -> best by reward", mcnemar(scores["majority"], scores["best_of_n"])],

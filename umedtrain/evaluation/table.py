@@ -13,7 +13,7 @@ Cell = str | int | float | Estimate | Comparison | Spread | None
 
 
 def format_cell(cell: Cell, *, digits: int = 3) -> str:
-    """A figure as text: `0.723 [0.691, 0.753]`, `+0.031 [+0.002, +0.060] p=0.037`, `0.71 (0.70-0.73)`."""
+    """A figure as text: `0.723 [0.691, 0.753]`, `+0.031 [+0.002, +0.060] p=0.037`, `0.71 (0.70 to 0.73)`."""
     if cell is None:
         return "-"
     if isinstance(cell, Estimate):
@@ -23,7 +23,7 @@ def format_cell(cell: Cell, *, digits: int = 3) -> str:
         return f"{figures} {'p<0.001' if cell.p_value < 0.001 else f'p={cell.p_value:.3f}'}"
     if isinstance(cell, Spread):
         deviation = "" if cell.sd is None else f", sd {cell.sd:.{digits}f}"
-        return f"{cell.mean:.{digits}f} ({cell.low:.{digits}f}-{cell.high:.{digits}f}{deviation})"
+        return f"{cell.mean:.{digits}f} ({cell.low:.{digits}f} to {cell.high:.{digits}f}{deviation})"
     if isinstance(cell, float):
         return f"{cell:.{digits}f}"
     return str(cell)
