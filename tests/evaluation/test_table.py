@@ -16,7 +16,7 @@ def test_cells():
     assert format_cell(Comparison(0.0312, 0.002, 0.06, 0.0371, 800)) == "+0.031 [+0.002, +0.060] p=0.037"
     assert format_cell(Comparison(-0.03, -0.06, 0.0, 0.0004, 800), digits=2) == "-0.03 [-0.06, +0.00] p<0.001"
     assert format_cell(Spread(0.72, 0.7, 0.74, 0.02, 3), digits=2) == "0.72 (0.70 to 0.74, sd 0.02)"
-    assert format_cell(Spread(0.72, 0.72, 0.72, None, 1), digits=2) == "0.72 (0.72-0.72)"
+    assert format_cell(Spread(0.72, 0.72, 0.72, None, 1), digits=2) == "0.72 (0.72 to 0.72)"
     assert [format_cell(cell) for cell in (0.5, 7, "x", None)] == ["0.500", "7", "x", "-"]
 
 
