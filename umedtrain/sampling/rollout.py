@@ -1,13 +1,11 @@
 """Sampling answers to many prompts over all ranks, into files that survive being killed.
 
-Every rank appends finished rows to its own part file. A row is written and synced whole; a torn last line is cut away
-on the next start, and rows that are there are not sampled again. A request's tokens depend on its own prompt and
-seed only, so an interrupted rollout ends with the same rows as an undisturbed one, on any number of ranks.
+Rows that are there are not sampled again. A request's tokens depend on its own prompt and seed only, so an interrupted
+rollout ends with the same rows as an undisturbed one, on any number of ranks.
 """
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +14,10 @@ from typing import Any
 from tqdm import tqdm
 
 from umedtrain.config import SamplingConfig
+from umedtrain.distributed.part_files import PartFiles, Row
 from umedtrain.distributed.world import World
-from umedtrain.sampling.params import SamplingParams
+from umedtrain.sampling.params import Output, SamplingParams
 from umedtrain.sampling.sampler import Sampler
-
-Row = dict[str, Any]
-"""{"index", "answers": [{"text", "tokens", "logprob" (of the whole answer), "finish_reason"}]}"""
 
 
 def sampling_params(config: SamplingConfig) -> SamplingParams:
@@ -49,6 +45,8 @@ def rollout(
 ) -> list[Row]:
     """`params.n` answers to every prompt, in the order of the prompts, on every rank. Collective.
 
+    A row is {"index", "answers": [{"text", "tokens", "logprob" (of the whole answer), "finish_reason"}]}.
+
     Args:
         prompts: token ids.
         params: with a seed, without which a resumed rollout would not continue the same one.
@@ -61,89 +59,39 @@ def rollout(
     """
     if params.seed is None:
         raise ValueError("a rollout needs a seed in its sampling parameters, or it could not be resumed")
-    folder.mkdir(parents=True, exist_ok=True)
-    _claim(folder, _identity(prompts, params, weights), world)
-    done = {row["index"] for row in _read_parts(folder)}
-    # All ranks must have read before any appends.
-    world.barrier()
+    parts = PartFiles(folder, _identity(prompts, params, weights), world, name="rollout")
+    done = {row["index"] for row in parts.rows()}
     mine = [index for index in range(len(prompts)) if index not in done][world.rank :: world.size]
-    part = folder / f"part-{world.rank:05d}.jsonl"
-    _cut_torn_line(part)
+    hidden = not (progress and world.is_main)
     with (
-        part.open("a", encoding="utf-8") as file,
-        tqdm(
-            total=len(mine),
-            desc=folder.name,
-            unit="prompt",
-            disable=not (progress and world.is_main),
-            leave=False,
-        ) as bar,
+        parts.append() as append,
+        tqdm(total=len(mine), desc=folder.name, unit="prompt", disable=hidden, leave=False) as bar,
     ):
         for start in range(0, len(mine), chunk):
             indices = mine[start : start + chunk]
             outputs = sampler.generate([list(prompts[index]) for index in indices], params)
-            for index, answers in zip(indices, outputs, strict=True):
-                rows = [
-                    {
-                        "text": answer.text,
-                        "tokens": list(answer.tokens),
-                        "logprob": float(sum(answer.logprobs)),
-                        "finish_reason": answer.finish_reason,
-                    }
-                    for answer in answers
-                ]
-                file.write(json.dumps({"index": index, "answers": rows}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+            append([_row(index, answers) for index, answers in zip(indices, outputs, strict=True)])
             bar.update(len(indices))
-    world.barrier()
-    rows = sorted(_read_parts(folder), key=lambda row: row["index"])
+    rows = parts.rows()
     assert [row["index"] for row in rows] == list(range(len(prompts)))
     return rows
 
 
+def _row(index: int, answers: Sequence[Output]) -> Row:
+    return {
+        "index": index,
+        "answers": [
+            {
+                "text": answer.text,
+                "tokens": list(answer.tokens),
+                "logprob": float(sum(answer.logprobs)),
+                "finish_reason": answer.finish_reason,
+            }
+            for answer in answers
+        ],
+    }
+
+
 def _identity(prompts: Sequence[Sequence[int]], params: SamplingParams, weights: str) -> dict[str, Any]:
     digest = hashlib.sha256(json.dumps([list(prompt) for prompt in prompts]).encode()).hexdigest()
-    return {"weights": weights, "params": json.loads(json.dumps(asdict(params))), "prompts": digest}
-
-
-def _claim(folder: Path, identity: dict[str, Any], world: World) -> None:
-    """Write what the folder holds, or check that it holds the same; raises on all ranks alike."""
-    path = folder / "rollout.json"
-    problem = None
-    if world.is_main:
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
-            changed = [key for key in identity if before.get(key) != identity[key]]
-            if changed:
-                problem = (
-                    f"{folder} holds a rollout with other {', '.join(changed)}; choose another folder or remove it"
-                )
-        else:
-            temporary = path.with_suffix(".partial")
-            temporary.write_text(json.dumps(identity), encoding="utf-8")
-            temporary.replace(path)
-    problem = world.gather(problem)[0]
-    if problem:
-        raise ValueError(problem)
-
-
-def _read_parts(folder: Path) -> list[Row]:
-    rows = []
-    for part in sorted(folder.glob("part-*.jsonl")):
-        lines = part.read_bytes().split(b"\n")
-        # What follows the last newline is a row that a killed process did not finish.
-        for number, line in enumerate(lines[:-1], start=1):
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                raise ValueError(f"{part}, line {number}: not valid JSON; remove the line to sample it again") from None
-    return rows
-
-
-def _cut_torn_line(part: Path) -> None:
-    if part.exists():
-        content = part.read_bytes()
-        if not content.endswith(b"\n"):
-            with part.open("r+b") as file:
-                file.truncate(content.rfind(b"\n") + 1)
+    return {"weights": weights, "params": asdict(params), "prompts": digest}

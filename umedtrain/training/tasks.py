@@ -61,9 +61,9 @@ class SFTTask:
 class DPOTask:
     """Direct preference optimisation against a frozen copy of the model that training started from.
 
-    A batch's examples are a prompt with its answers as children, and pairs of them. `nll` adds that many times the chosen
-    answer's negative log-likelihood, which keeps both answers' probabilities from sinking together (Pang et al.
-    2024, arXiv 2404.19733), here per pair and summed over the answer's tokens.
+    A batch's examples are a prompt with its answers as children, and pairs of them. `nll` adds that many times the
+    chosen answer's negative log-likelihood, which keeps both answers' probabilities from sinking together (Pang et
+    al. 2024, arXiv 2404.19733), here per pair and summed over the answer's tokens.
     """
 
     reference: nn.Module
