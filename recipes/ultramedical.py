@@ -78,7 +78,7 @@ class PipelineConfig:
     seed: int = 0
     """Seed of data, weights, shuffling and sampling of every stage."""
     configs: str = "recipes/configs/demo"
-    """Folder with sft.toml, reward.toml, refresh.toml, dpo.toml, online.toml and evaluate.toml."""
+    """Folder with sft.toml, reward_base.toml, reward.toml, refresh.toml, dpo.toml, online.toml and evaluate.toml."""
     evaluate_on: Literal["validation", "test"] = "validation"
     """Split of the final evaluation. Choose settings on validation; test is for the end."""
     vocab_size: int = 1536
@@ -191,16 +191,14 @@ def run(config: PipelineConfig, world: World) -> None:
     with stages.timed("data"):
         tokenizer = build_data(stages)
     with stages.timed("sft"):
-        sft_model = sft.run(
-            stages.recipe(
-                sft.SFTConfig, "sft", "sft", model={"tokenizer": tokenizer}, data={"files": (stages.data("sft"),)}
-            ),
-            world,
-        )
+        sft_model = train_sft(stages, "sft", tokenizer)
+    with stages.timed("reward_base"):
+        # Comparing an answer with its question takes more layers than writing it.
+        reward_base = train_sft(stages, "reward_base", tokenizer)
     with stages.timed("answers"):
         dpo_pairs, reward_pairs = build_pairs(stages, sft_model, "preference")
     with stages.timed("reward"):
-        reward_model = train_reward(stages, "reward", sft_model, reward_pairs)
+        reward_model = train_reward(stages, "reward", reward_base, reward_pairs)
     with stages.timed("dpo"):
         dpo_model = train_dpo(stages, "dpo", sft_model, dpo_pairs)
     with stages.timed("refresh"):
@@ -248,6 +246,13 @@ def build_pairs(stages: Stages, policy: Path, folder: str) -> tuple[str, str]:
         lambda: list(checked_pairs(questions, rows, most=config.reward_pairs, seed=config.seed + 1)),
     )
     return one, several
+
+
+def train_sft(stages: Stages, name: str, tokenizer: str) -> Path:
+    """A language model from scratch on the SFT split, with the settings of NAME.toml."""
+    data = {"files": (stages.data("sft"),)}
+    config = stages.recipe(sft.SFTConfig, name, name, model={"tokenizer": tokenizer}, data=data)
+    return sft.run(config, stages.world)
 
 
 def train_reward(stages: Stages, name: str, start: Path, pairs: str) -> Path:

@@ -12,6 +12,7 @@ from umedtrain.model.config import LlamaConfig
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.llama import Llama, initial_weight
 from umedtrain.training.loop import train
+from umedtrain.training.reference import frozen_reference
 from umedtrain.training.tasks import DPOTask, RewardTask, SFTTask
 
 CONFIG = LlamaConfig(67, 32, 48, 2, 4, 2, 8)
@@ -59,8 +60,7 @@ def build_task(name, world):
     if name == "reward":
         return RewardModel, RewardTask()
     reference = sharded(Llama, world)
-    reference.requires_grad_(False)
-    return Llama, DPOTask(reference=reference, beta=0.5)
+    return Llama, DPOTask(reference=frozen_reference(reference, chunk_bytes=2**20), beta=0.5)
 
 
 def run(world, folder, task_name, options):

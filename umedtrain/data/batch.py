@@ -28,7 +28,8 @@ class Batch:
         better_P: int64, place among the layout's leaves of each pair's better answer.
         worse_P: int64, the same of its worse answer.
         weights_P: fp32, 1 / (pairs of the pair's example): an example's pairs count as one together.
-        num_examples: how many examples the batch holds; may be 0.
+        numbers: which examples of its loader the batch holds; may be none.
+        answers: how many childless segments each of them has.
         num_tokens: tokens of the examples; 0 in a batch without examples, whose one token is a filler.
     """
 
@@ -40,8 +41,19 @@ class Batch:
     better_P: torch.Tensor
     worse_P: torch.Tensor
     weights_P: torch.Tensor
-    num_examples: int
+    numbers: tuple[int, ...]
+    answers: tuple[int, ...]
     num_tokens: int
+
+    @property
+    def num_examples(self) -> int:
+        """How many examples the batch holds; may be 0."""
+        return len(self.numbers)
+
+    @property
+    def leaves(self) -> tuple[int, ...]:
+        """The segments that are answers, in order; none in a batch without examples."""
+        return self.layout.leaves[: sum(self.answers)]
 
     @property
     def num_targets(self) -> int:
@@ -68,8 +80,8 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pack examples into a batch, nothing padded.
+def collate(examples: Sequence[Example], numbers: Sequence[int] | None = None) -> Batch:
+    """Pack examples into a batch, nothing padded. `numbers` are the examples' own, by default 0, 1, ...
 
     Without examples the batch holds one filler token and no target, for every rank must run the same number
     of forward passes even when there are fewer examples than ranks.
@@ -98,7 +110,8 @@ def collate(examples: Sequence[Example]) -> Batch:
             tokens.append(segment.tokens)
             start += len(segment.tokens)
             last_rows.append(start - 1)
-    better_P, worse_P, weights_P = _pairs(examples)
+    answers = [_num_answers(example) for example in examples]
+    better_P, worse_P, weights_P = _pairs(examples, answers)
     return Batch(
         tokens_T=_int64(tokens or [np.zeros(1)]),
         layout=Layout.tree(segments or [(1, None)]),
@@ -108,19 +121,24 @@ def collate(examples: Sequence[Example]) -> Batch:
         better_P=better_P,
         worse_P=worse_P,
         weights_P=weights_P,
-        num_examples=len(examples),
+        numbers=tuple(range(len(examples)) if numbers is None else numbers),
+        answers=tuple(answers),
         num_tokens=start,
     )
 
 
-def _pairs(examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _num_answers(example: Example) -> int:
+    parents = {segment.parent for segment in example.segments}
+    return sum(number not in parents for number in range(len(example.segments)))
+
+
+def _pairs(examples: Sequence[Example], answers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`better_P`, `worse_P` and `weights_P` of a batch of these examples."""
-    pairs, weights, first_leaf = [], [], 0
-    for example in examples:
-        pairs += [(first_leaf + better, first_leaf + worse) for better, worse in example.pairs]
+    pairs, weights, first = [], [], 0
+    for example, num_answers in zip(examples, answers, strict=True):
+        pairs += [(first + better, first + worse) for better, worse in example.pairs]
         weights += [1 / len(example.pairs) for _ in example.pairs]
-        parents = {segment.parent for segment in example.segments}
-        first_leaf += sum(number not in parents for number in range(len(example.segments)))
+        first += num_answers
     pairs_P2 = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
     return pairs_P2[:, 0], pairs_P2[:, 1], torch.tensor(weights, dtype=torch.float32)
 

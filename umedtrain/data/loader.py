@@ -96,7 +96,8 @@ class Loader:
         examples = self.step_examples(step)
         lengths = [self._lengths[index] for index in examples]
         plan = pack(lengths, max_tokens=self.max_tokens, num_ranks=self.num_ranks)[self.rank]
-        return [collate([self._examples[examples[place]] for place in micro_batch]) for micro_batch in plan]
+        shares = [[examples[place] for place in micro_batch] for micro_batch in plan]
+        return [collate([self._examples[number] for number in share], share) for share in shares]
 
     def state_dict(self) -> dict[str, Any]:
         """What, beside the step's number, decides what a step sees. Equal on all ranks and at all steps."""

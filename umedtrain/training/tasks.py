@@ -1,8 +1,9 @@
 """What a training step computes: a task turns a batch into a summed loss, and says what the sum is divided by.
 
-Shape suffixes: T tokens, D hidden size, N targets, S segments, P pairs.
+Shape suffixes: T tokens, D hidden size, N targets, S segments, A answers, P pairs.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +14,8 @@ from umedtrain import losses
 from umedtrain.data.batch import Batch
 from umedtrain.losses import token_logprobs
 
+Reference = Callable[[Batch], torch.Tensor]
+"""From a batch to the log-probability of each of its answers under the reference model, fp32 [A]."""
 Sums = dict[str, torch.Tensor]
 """Metrics as sums over a batch; the loop divides them by the global count."""
 
@@ -37,10 +40,11 @@ def batch_logprobs(model: nn.Module, batch: Batch, *, chunk_bytes: int) -> torch
     return token_logprobs(hidden_TD[batch.rows_N], model.lm_head_weight, batch.targets_N, chunk_bytes=chunk_bytes)
 
 
-def segment_sums(logp_N: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """fp32 [S]: log-probabilities summed over each segment's targets."""
+def answer_logprobs(model: nn.Module, batch: Batch, *, chunk_bytes: int) -> torch.Tensor:
+    """fp32 [A]: log-probability of each answer of the batch, summed over its targets."""
+    logp_N = batch_logprobs(model, batch, chunk_bytes=chunk_bytes)
     sums_S = torch.zeros(batch.layout.num_segments, dtype=torch.float32, device=logp_N.device)
-    return sums_S.index_add(0, batch.segment_of_N, logp_N)
+    return sums_S.index_add(0, batch.segment_of_N, logp_N)[list(batch.leaves)]
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ class SFTTask:
 
 @dataclass(frozen=True)
 class DPOTask:
-    """Direct preference optimisation against a frozen copy of the model that training started from.
+    """Direct preference optimisation against the model that training started from.
 
     A batch's examples are a prompt with its answers as children, and pairs of them. `nll` adds that many times the
     chosen answer's negative log-likelihood, which keeps both answers' probabilities from sinking together (Pang et
     al. 2024, arXiv 2404.19733), here per pair and summed over the answer's tokens.
     """
 
-    reference: nn.Module
+    reference: Reference
     beta: float = 0.1
     label_smoothing: float = 0.0
     nll: float = 0.0
@@ -77,9 +81,10 @@ class DPOTask:
         return batch.num_pairs
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
-        policy_P, other_P = self._pairs(model, batch)
-        with torch.no_grad():
-            reference_P, reference_other_P = self._pairs(self.reference, batch)
+        policy_A = answer_logprobs(model, batch, chunk_bytes=self.chunk_bytes)
+        reference_A = self.reference(batch)
+        policy_P, other_P = policy_A[batch.better_P], policy_A[batch.worse_P]
+        reference_P, reference_other_P = reference_A[batch.better_P], reference_A[batch.worse_P]
         loss_P = losses.dpo(
             policy_P,
             other_P,
@@ -88,7 +93,8 @@ class DPOTask:
             beta=self.beta,
             label_smoothing=self.label_smoothing,
         )
-        loss = loss_P.sum() - self.nll * policy_P.sum()
+        # The second addend keeps a batch without pairs connected to the parameters.
+        loss = (loss_P - self.nll * policy_P).sum() + 0.0 * policy_A.sum()
         reward_P = self.beta * (policy_P - reference_P).detach()
         other_reward_P = self.beta * (other_P - reference_other_P).detach()
         return loss, {
@@ -99,12 +105,6 @@ class DPOTask:
             "logp_chosen": policy_P.detach().sum(),
             "logp_rejected": other_P.detach().sum(),
         }
-
-    def _pairs(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """fp32 [P] each: log-probabilities of each pair's better and worse answer."""
-        sums_S = segment_sums(batch_logprobs(model, batch, chunk_bytes=self.chunk_bytes), batch)
-        answers = sums_S[list(batch.layout.leaves)]
-        return answers[batch.better_P], answers[batch.worse_P]
 
 
 @dataclass(frozen=True)

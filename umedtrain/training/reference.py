@@ -1,0 +1,96 @@
+"""What the reference model says of every answer, computed once and kept: training then holds one model only.
+
+Shape suffix: A answers, the childless segments of a batch in order.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from umedtrain.data.batch import Batch
+from umedtrain.data.loader import Loader
+from umedtrain.distributed.part_files import PartFiles
+from umedtrain.distributed.world import World
+from umedtrain.training.tasks import Reference, answer_logprobs
+
+
+def frozen_reference(model: nn.Module, *, chunk_bytes: int) -> Reference:
+    """A reference model that stays in memory and is run on every batch."""
+    model.requires_grad_(False)
+
+    @torch.no_grad()
+    def logprobs(batch: Batch) -> torch.Tensor:
+        return answer_logprobs(model, batch, chunk_bytes=chunk_bytes)
+
+    return logprobs
+
+
+def cached_reference(
+    model: nn.Module,
+    loader: Loader,
+    folder: Path,
+    world: World,
+    *,
+    weights: str,
+    dtype: str,
+    chunk_bytes: int,
+    progress: bool = True,
+) -> Reference:
+    """The log-probabilities that `model`, as it is now, gives to every answer that training will see. Collective.
+
+    They are written to `folder` as they come, and what is there already is not computed again. Fill the cache before
+    the model's first update, or with the weights that it is named after. Packed as training will pack them, so the
+    values of an example's first step are, to the last bit, those that a frozen model would give.
+
+    Args:
+        model: the reference, sharded or not.
+        loader: of the training that follows.
+        folder: on a file system that all ranks share.
+        weights: fingerprint of the reference's weights.
+        dtype: in which the model computes.
+        chunk_bytes: see `token_logprobs`.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: when the folder holds log-probabilities of other data, weights or dtype.
+    """
+    # The digest covers the tokens: data, template and lengths are in it.
+    identity = {"examples": loader.state_dict()["examples"], "weights": weights, "dtype": dtype, "kind": "sum"}
+    parts = PartFiles(folder, identity, world, name="reference cache")
+    done = {row["index"] for row in parts.rows()}
+    hidden = not (progress and world.is_main)
+    with parts.append() as append, torch.no_grad():
+        for step in tqdm(range(loader.num_steps), desc="reference", unit="step", disable=hidden, leave=False):
+            wanted = set(loader.step_examples(step)) - done
+            if not wanted:
+                continue
+            rows = []
+            for batch in loader.batch(step):
+                batch = batch.to(world.device)
+                values_A = answer_logprobs(model, batch, chunk_bytes=chunk_bytes).tolist()
+                rows += _rows(batch, values_A)
+            append([row for row in rows if row["index"] in wanted])
+            done |= wanted
+    values = {row["index"]: row["logprobs"] for row in parts.rows()}
+    assert done <= values.keys()
+    return _lookup(values)
+
+
+def _rows(batch: Batch, values_A: Sequence[float]) -> list[dict]:
+    """One row an example, cut from the values of a batch's answers."""
+    rows, first = [], 0
+    for number, answers in zip(batch.numbers, batch.answers, strict=True):
+        rows.append({"index": number, "logprobs": list(values_A[first : first + answers])})
+        first += answers
+    return rows
+
+
+def _lookup(values: Mapping[int, Sequence[float]]) -> Reference:
+    def logprobs(batch: Batch) -> torch.Tensor:
+        flat = [value for number in batch.numbers for value in values[number]]
+        return torch.tensor(flat, dtype=torch.float32, device=batch.tokens_T.device)
+
+    return logprobs
