@@ -1,5 +1,7 @@
 """Preference pairs from answers, by hand."""
 
+import math
+
 import pytest
 
 from umedtrain.collection.pairs import add_answers, checked_pairs, ranked_pairs
@@ -127,9 +129,17 @@ def test_ranked_pairs_leave_out_what_was_cut_ties_and_duplicates():
     assert not list(ranked_pairs([prompt("Why?")], [row(A, "")], [[1.0, 0.0]], seed=0))
 
 
+def test_ranked_pairs_choose_what_is_good_and_often_drawn():
+    """The scores are log 3 + 1, 2 and 0."""
+    (pair,) = ranked_pairs([prompt("Why?")], [row(A, B, A, A)], [[1.0, 2.0, 1.0, 1.0]], seed=0)
+    assert texts_of([pair]) == [(A, B)]
+    assert pair["metadata"]["chosen"]["score"] == pytest.approx(math.log(3) + 1)
+    assert texts_of(ranked_pairs([prompt("Why?")], [row(A, B, A)], [[1.0, 2.0, 1.0]], seed=0)) == [(B, A)]
+
+
 def test_ranked_pairs_draw_a_repeated_answer_no_more_often():
     repeated = row(A, *[B] * 30, C)
-    rewards = [[2.0, *[1.0] * 30, 0.0]]
+    rewards = [[2.0, *[-5.0] * 30, 0.0]]
     rejected = [texts_of(ranked_pairs([prompt("Why?")], [repeated], rewards, seed=s))[0][1] for s in range(60)]
     assert 15 <= rejected.count(C) <= 45
 

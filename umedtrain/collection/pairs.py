@@ -3,6 +3,7 @@
 Rows have the layout of the released UltraMedical-Preference: prompt_id, label_type, prompt, chosen, rejected, metadata.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
@@ -63,7 +64,12 @@ def checked_pairs(
 def ranked_pairs(
     prompts: Sequence[Prompt], rows: Sequence[Row], rewards: Sequence[Sequence[float]], *, seed: int
 ) -> Iterator[dict[str, Any]]:
-    """Pairs of the policy's own answer with the largest reward and another answer, drawn at random, with a smaller one.
+    """Pairs of the policy's own answer with the largest score and another answer, drawn at random, with a smaller one.
+
+    An answer's score is log(sum of exp(reward) over the samples that are equal to it): its reward, and the logarithm of
+    how often it was drawn. The policy that maximises reward under a KL penalty of weight 1 is proportional to
+    pi(y) exp(reward(y)) (Rafailov et al. 2023, arXiv 2305.18290, eq. 4), and that is what exp(score) estimates. Where
+    no two answers are equal, score and reward are the same.
 
     Args:
         prompts: what was asked; reference answers, if there are any, are not looked at.
@@ -72,20 +78,27 @@ def ranked_pairs(
         seed: of the draw.
     """
     for prompt, row, values in zip(prompts, rows, rewards, strict=True):
-        complete = [
-            (reward, answer["text"], "annotator" not in answer)
-            for reward, answer in zip(values, row["answers"], strict=True)
-            if answer["finish_reason"] == "stop" and answer["text"]
-        ]
-        own = [(reward, text) for reward, text, is_own in complete if is_own]
+        same: dict[str, list[float]] = {}
+        own = set()
+        for reward, answer in zip(values, row["answers"], strict=True):
+            if answer["finish_reason"] == "stop" and answer["text"]:
+                same.setdefault(answer["text"], []).append(reward)
+                if "annotator" not in answer:
+                    own.add(answer["text"])
         if not own:
             continue
-        best, chosen = max(own)
-        others = sorted({(reward, text) for reward, text, _ in complete if reward < best and text != chosen})
+        scores = {text: _log_sum_exp(equal) for text, equal in same.items()}
+        best, chosen = max((scores[text], text) for text in own)
+        others = sorted((score, text) for text, score in scores.items() if score < best)
         if others:
             worse, rejected = random.Random(f"{seed} {prompt.id}").choice(others)
             metadata = {"chosen": {"score": best}, "rejected": {"score": worse}}
             yield _row(prompt.id, prompt.messages, chosen, rejected, "ranked", metadata)
+
+
+def _log_sum_exp(values: Sequence[float]) -> float:
+    largest = max(values)
+    return largest + math.log(sum(math.exp(value - largest) for value in values))
 
 
 def _row(
