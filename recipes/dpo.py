@@ -1,4 +1,4 @@
-"""Direct preference optimisation of a Llama on preference pairs.
+"""Preference learning of a Llama on pairs: DPO and its kin.
 
     torchrun --nproc-per-node 8 recipes/dpo.py recipes/configs/llama3_8b/dpo.toml --dpo.beta 0.1
 
@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from umedtrain import losses
 from umedtrain.config import TrainingConfig
 from umedtrain.data.example import encode_preference
 from umedtrain.data.loader import Loader
@@ -23,28 +24,33 @@ from umedtrain.training.build import build_loader, build_model, build_tokenizer,
 from umedtrain.training.loop import train
 from umedtrain.training.reference import cached_reference, frozen_reference
 from umedtrain.training.run import finish_run, launch, start_run
-from umedtrain.training.tasks import DPOTask, Reference
+from umedtrain.training.tasks import PairLoss, PreferenceTask, Reference
 from umedtrain.weights.fingerprint import weights_fingerprint
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Direct preference optimisation."""
+    """Preference learning from pairs."""
 
+    loss: Literal["sigmoid", "robust", "ipo", "hinge", "nca", "simpo", "orpo"] = "sigmoid"
+    """Loss of a pair: DPO's own (sigmoid) or one of its kin; umedtrain.losses has their formulas. simpo and orpo have
+    no reference."""
     beta: float = 0.1
-    """Strength of the pull towards the reference model."""
+    """Strength of the pull towards the reference model; the papers' beta, IPO's tau, ORPO's lambda."""
     label_smoothing: float = 0.0
-    """Assumed probability that a pair is labelled the wrong way round (cDPO)."""
+    """sigmoid and robust: assumed probability that a pair is labelled the wrong way round."""
+    gamma: float = 0.5
+    """simpo: margin that the chosen answer's reward must have."""
     nll: float = 0.0
     """Weight of the chosen answer's negative log-likelihood, added to the loss."""
-    reference: Literal["cache", "model"] = "cache"
+    reference: Literal["cache", "model", "none"] = "cache"
     """What the model that training starts from says of the answers: computed once and kept in OUTPUT/reference, so that
-    training holds one model only, or computed in every step by a frozen copy."""
+    training holds one model only; computed in every step by a frozen copy; or, for losses that have none, nothing."""
 
 
 @dataclass(frozen=True)
 class DPOConfig(TrainingConfig):
-    """Direct preference optimisation of a Llama on preference pairs."""
+    """Preference learning of a Llama on pairs: DPO and its kin."""
 
     output: str = "runs/dpo"
     """Folder of the run."""
@@ -72,10 +78,10 @@ def run(config: DPOConfig, world: World) -> Path:
     totals = train(
         model,
         loader,
-        DPOTask(
-            reference=reference_of(config, model, tokenizer, loader, world),
+        PreferenceTask(
+            pair_loss(config.dpo),
+            reference_of(config, model, tokenizer, loader, world),
             beta=config.dpo.beta,
-            label_smoothing=config.dpo.label_smoothing,
             nll=config.dpo.nll,
             chunk_bytes=config.parallel.logits_megabytes * 2**20,
         ),
@@ -91,8 +97,39 @@ def run(config: DPOConfig, world: World) -> Path:
     return folder / "export"
 
 
-def reference_of(config: DPOConfig, model: Llama, tokenizer: Tokenizer, loader: Loader, world: World) -> Reference:
+def pair_loss(config: LossConfig) -> PairLoss:
+    """The loss function with its settings put in.
+
+    Raises:
+        ValueError: for a loss without the reference that it needs, or with one that it does not have.
+    """
+    if (config.loss in ("simpo", "orpo")) != (config.reference == "none"):
+        wanted = "none" if config.loss in ("simpo", "orpo") else "cache or model"
+        raise ValueError(f"dpo.reference is {config.reference!r}; with dpo.loss {config.loss!r} it must be {wanted}")
+    beta, smoothing = config.beta, config.label_smoothing
+    match config.loss:
+        case "sigmoid":
+            return lambda policy, ref, _: losses.dpo(*policy, *ref, beta=beta, label_smoothing=smoothing)
+        case "robust":
+            return lambda policy, ref, _: losses.robust_dpo(*policy, *ref, beta=beta, label_smoothing=smoothing)
+        case "ipo":
+            return lambda policy, ref, lengths: losses.ipo(*policy, *ref, *lengths, beta=beta)
+        case "hinge":
+            return lambda policy, ref, _: losses.hinge(*policy, *ref, beta=beta)
+        case "nca":
+            return lambda policy, ref, _: losses.nca(*policy, *ref, beta=beta)
+        case "simpo":
+            return lambda policy, _, lengths: losses.simpo(*policy, *lengths, beta=beta, gamma=config.gamma)
+        case "orpo":
+            return lambda policy, _, lengths: losses.orpo(*policy, *lengths, beta=beta)
+
+
+def reference_of(
+    config: DPOConfig, model: Llama, tokenizer: Tokenizer, loader: Loader, world: World
+) -> Reference | None:
     """What the model that training starts from says of the answers; `model` is still that model."""
+    if config.dpo.reference == "none":
+        return None
     chunk_bytes = config.parallel.logits_megabytes * 2**20
     if config.dpo.reference == "model":
         frozen = build_model(Llama, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)

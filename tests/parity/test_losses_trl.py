@@ -12,12 +12,13 @@ from transformers.utils import logging as transformers_logging
 
 from tests.data.makers import segment
 from tests.parity.llamas import hf_llama
+from tests.training.runs import dpo_loss
 from umedtrain.data.batch import Batch, collate
 from umedtrain.data.example import Example
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.llama import Llama
 from umedtrain.training.reference import frozen_reference
-from umedtrain.training.tasks import DPOTask, RewardTask
+from umedtrain.training.tasks import PreferenceTask, RewardTask
 from umedtrain.weights import open_checkpoint
 
 # (prompt, chosen, rejected) as words; lengths differ, one pair shares the beginning of its answers.
@@ -151,7 +152,8 @@ def test_dpo(words, tmp_path):
     wanted = trainer.compute_loss(trainer.model, inputs)
     batch = dpo_batch(inputs)
     assert batch.num_examples == len(PAIRS)
-    total, metrics = DPOTask(frozen_reference(our_reference, chunk_bytes=2**20), beta=0.3)(our_policy, batch)
+    task = PreferenceTask(dpo_loss(beta=0.3), frozen_reference(our_reference, chunk_bytes=2**20), beta=0.3)
+    total, metrics = task(our_policy, batch)
     assert metrics["reward_chosen"].abs() > 0.05, "policy and reference must differ"
     assert_same_loss_and_gradients(wanted, trainer.model, total / len(PAIRS), our_policy)
     logged = trainer._metrics["eval"]
@@ -167,7 +169,9 @@ def test_smoothed_dpo(words, tmp_path):
     )
     batches = list(trainer.get_train_dataloader())
     assert len(batches) == len(PAIRS)
-    task = DPOTask(frozen_reference(our_reference, chunk_bytes=2**20), beta=0.3, label_smoothing=0.2)
+    task = PreferenceTask(
+        dpo_loss(beta=0.3, label_smoothing=0.2), frozen_reference(our_reference, chunk_bytes=2**20), beta=0.3
+    )
     for inputs in batches:
         wanted = trainer.compute_loss(trainer.model, dict(inputs))
         torch.testing.assert_close(task(our_policy, dpo_batch(inputs))[0], wanted, atol=1e-5, rtol=0)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from umedtrain import losses
 from umedtrain.config import CheckpointConfig, LogConfig, OptimizerConfig
 from umedtrain.data.example import Example, Segment
 from umedtrain.data.loader import Loader
@@ -13,7 +14,7 @@ from umedtrain.model.heads import RewardModel
 from umedtrain.model.llama import Llama, initial_weight
 from umedtrain.training.loop import train
 from umedtrain.training.reference import frozen_reference
-from umedtrain.training.tasks import DPOTask, RewardTask, SFTTask
+from umedtrain.training.tasks import PreferenceTask, RewardTask, SFTTask
 
 CONFIG = LlamaConfig(67, 32, 48, 2, 4, 2, 8)
 
@@ -54,13 +55,17 @@ def sharded(kind, world, *, seed=1, dtype=torch.float32):
     return model
 
 
+def dpo_loss(**settings):
+    return lambda policy, reference, _: losses.dpo(*policy, *reference, **settings)
+
+
 def build_task(name, world):
     if name == "sft":
         return Llama, SFTTask()
     if name == "reward":
         return RewardModel, RewardTask()
     reference = sharded(Llama, world)
-    return Llama, DPOTask(reference=frozen_reference(reference, chunk_bytes=2**20), beta=0.5)
+    return Llama, PreferenceTask(dpo_loss(beta=0.5), frozen_reference(reference, chunk_bytes=2**20), beta=0.5)
 
 
 def run(world, folder, task_name, options):

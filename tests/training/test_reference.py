@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.training.runs import pairs, sharded
+from tests.training.runs import dpo_loss, pairs, sharded
 from umedtrain.config import CheckpointConfig, LogConfig, OptimizerConfig
 from umedtrain.data.loader import Loader
 from umedtrain.model.llama import Llama
 from umedtrain.training.loop import train
 from umedtrain.training.reference import cached_reference, frozen_reference
-from umedtrain.training.tasks import DPOTask
+from umedtrain.training.tasks import PreferenceTask
 from umedtrain.weights.fingerprint import weights_fingerprint
 
 CHUNK = 2**20
@@ -49,7 +49,7 @@ def train_with(world, folder, kind, epochs):
     train(
         model,
         loader,
-        DPOTask(reference, beta=0.5),
+        PreferenceTask(dpo_loss(beta=0.5), reference, beta=0.5),
         run=folder,
         world=world,
         optimizer_config=OptimizerConfig(lr=1e-2),

@@ -1,8 +1,23 @@
 """Losses: pure functions on small tensors."""
 
+from umedtrain.losses.kto import kto, kto_pair
 from umedtrain.losses.logprobs import token_logprobs
-from umedtrain.losses.preference import dpo
+from umedtrain.losses.preference import dpo, hinge, ipo, nca, odds_ratio, orpo, robust_dpo, simpo
 from umedtrain.losses.reward import bradley_terry
 from umedtrain.losses.sft import sft
 
-__all__ = ["bradley_terry", "dpo", "sft", "token_logprobs"]
+__all__ = [
+    "bradley_terry",
+    "dpo",
+    "hinge",
+    "ipo",
+    "kto",
+    "kto_pair",
+    "nca",
+    "odds_ratio",
+    "orpo",
+    "robust_dpo",
+    "sft",
+    "simpo",
+    "token_logprobs",
+]

@@ -16,6 +16,10 @@ from umedtrain.losses import token_logprobs
 
 Reference = Callable[[Batch], torch.Tensor]
 """From a batch to the log-probability of each of its answers under the reference model, fp32 [A]."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""A value of each pair's better answer and one of its worse: [P] and [P]."""
+PairLoss = Callable[[Pair, Pair | None, Pair], torch.Tensor]
+"""From policy log-probabilities, reference log-probabilities and lengths in tokens to a loss per pair, fp32 [P]."""
 Sums = dict[str, torch.Tensor]
 """Metrics as sums over a batch; the loop divides them by the global count."""
 
@@ -47,6 +51,12 @@ def answer_logprobs(model: nn.Module, batch: Batch, *, chunk_bytes: int) -> torc
     return sums_S.index_add(0, batch.segment_of_N, logp_N)[list(batch.leaves)]
 
 
+def answer_lengths(batch: Batch) -> torch.Tensor:
+    """fp32 [A]: targets of each answer of the batch."""
+    lengths_S = torch.bincount(batch.segment_of_N, minlength=batch.layout.num_segments)
+    return lengths_S[list(batch.leaves)].float()
+
+
 @dataclass(frozen=True)
 class SFTTask:
     """Supervised fine-tuning: negative log-likelihood of the targets."""
@@ -62,17 +72,24 @@ class SFTTask:
 
 
 @dataclass(frozen=True)
-class DPOTask:
-    """Direct preference optimisation against the model that training started from.
+class PreferenceTask:
+    """Learning from pairs: DPO and its kin.
 
-    A batch's examples are a prompt with its answers as children, and pairs of them. `nll` adds that many times the
-    chosen answer's negative log-likelihood, which keeps both answers' probabilities from sinking together (Pang et
-    al. 2024, arXiv 2404.19733), here per pair and summed over the answer's tokens.
+    A batch's examples are a prompt with its answers as children, and pairs of them.
+
+    Attributes:
+        loss: see `PairLoss`; one of `umedtrain.losses` with its settings put in.
+        reference: the reference model's log-probabilities; None for a loss without a reference.
+        beta: scale of the implicit rewards beta (log pi - log ref) that are logged.
+        nll: adds that many times the chosen answer's negative log-likelihood, which keeps both answers'
+            probabilities from sinking together (Pang et al. 2024, arXiv 2404.19733), here per pair and summed over the
+            answer's tokens.
+        chunk_bytes: see `token_logprobs`.
     """
 
-    reference: Reference
+    loss: PairLoss
+    reference: Reference | None
     beta: float = 0.1
-    label_smoothing: float = 0.0
     nll: float = 0.0
     chunk_bytes: int = 512 * 2**20
     unit: str = "pairs"
@@ -81,29 +98,28 @@ class DPOTask:
         return batch.num_pairs
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
+        def pairs(values_A: torch.Tensor) -> Pair:
+            return values_A[batch.better_P], values_A[batch.worse_P]
+
         policy_A = answer_logprobs(model, batch, chunk_bytes=self.chunk_bytes)
-        reference_A = self.reference(batch)
-        policy_P, other_P = policy_A[batch.better_P], policy_A[batch.worse_P]
-        reference_P, reference_other_P = reference_A[batch.better_P], reference_A[batch.worse_P]
-        loss_P = losses.dpo(
-            policy_P,
-            other_P,
-            reference_P,
-            reference_other_P,
-            beta=self.beta,
-            label_smoothing=self.label_smoothing,
+        reference_A = self.reference(batch) if self.reference else None
+        chosen_P, rejected_P = pairs(policy_A)
+        loss_P = self.loss(
+            (chosen_P, rejected_P),
+            None if reference_A is None else pairs(reference_A),
+            pairs(answer_lengths(batch)),
         )
-        # The second addend keeps a batch without pairs connected to the parameters.
-        loss = (loss_P - self.nll * policy_P).sum() + 0.0 * policy_A.sum()
-        reward_P = self.beta * (policy_P - reference_P).detach()
-        other_reward_P = self.beta * (other_P - reference_other_P).detach()
+        # The last addend keeps a batch without pairs connected to the parameters.
+        loss = (loss_P - self.nll * chosen_P).sum() + 0.0 * policy_A.sum()
+        rewards_A = self.beta * (policy_A.detach() - (0.0 if reference_A is None else reference_A))
+        better_P, worse_P = pairs(rewards_A)
         return loss, {
-            "dpo_loss": loss_P.detach().sum(),
-            "accuracy": _ranked_rightly(reward_P, other_reward_P).sum(),
-            "reward_chosen": reward_P.sum(),
-            "reward_rejected": other_reward_P.sum(),
-            "logp_chosen": policy_P.detach().sum(),
-            "logp_rejected": other_P.detach().sum(),
+            "preference_loss": loss_P.detach().sum(),
+            "accuracy": _ranked_rightly(better_P, worse_P).sum(),
+            "reward_chosen": better_P.sum(),
+            "reward_rejected": worse_P.sum(),
+            "logp_chosen": chosen_P.detach().sum(),
+            "logp_rejected": rejected_P.detach().sum(),
         }
 
 
