@@ -31,21 +31,22 @@ def loader_of(world, *, count=12, batch=4, epochs=1, seed=3):
     )
 
 
-def cache(world, folder, loader, **changes):
+def cache(world, folder, loader, model=None, **changes):
     names = {"weights": "seed 1", "dtype": "float32"} | changes
-    model = sharded(Llama, world)
+    model = model or sharded(Llama, world)
     return cached_reference(model, loader, folder, world, **names, chunk_bytes=CHUNK, progress=False)
 
 
 def train_with(world, folder, kind, epochs):
     """Weights after DPO with a cached or a frozen reference."""
     loader = loader_of(world, epochs=epochs)
+    model = sharded(Llama, world)
+    # The model that fills the cache is the one that is trained then.
     reference = (
-        cache(world, folder / "reference", loader)
+        cache(world, folder / "reference", loader, model)
         if kind == "cache"
         else frozen_reference(sharded(Llama, world), chunk_bytes=CHUNK)
     )
-    model = sharded(Llama, world)
     train(
         model,
         loader,
@@ -53,7 +54,7 @@ def train_with(world, folder, kind, epochs):
         run=folder,
         world=world,
         optimizer_config=OptimizerConfig(lr=1e-2),
-        checkpoint_config=CheckpointConfig(every_steps=0),
+        checkpoint_config=CheckpointConfig(every_steps=2),
         log_config=LogConfig(progress=False),
     )
     return {name: parameter.full_tensor() for name, parameter in model.named_parameters()}

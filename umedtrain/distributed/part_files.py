@@ -21,7 +21,7 @@ class PartFiles:
 
     Args:
         folder: made if it is not there.
-        identity: what the rows depend on, as JSON values; written beside them as NAME.json.
+        identity: what the rows depend on, as JSON values; written beside them.
         name: what the folder holds, as error messages call it.
         world: the ranks that write.
 
@@ -66,7 +66,7 @@ class PartFiles:
 
     def _claim(self, identity: dict[str, Any]) -> str | None:
         """Write what the folder holds, or say how it differs from what it should hold."""
-        path, identity = self.folder / f"{self.name}.json", json.loads(json.dumps(identity))
+        path, identity = self.folder / f"{self.name.replace(' ', '_')}.json", json.loads(json.dumps(identity))
         if path.exists():
             before = json.loads(path.read_text(encoding="utf-8"))
             changed = ", ".join(key for key in identity if before.get(key) != identity[key])

@@ -50,6 +50,17 @@ def shard_model(
             module.set_force_sum_reduction_for_comms(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give back what forward passes without a backward pass left gathered.
+
+    The root unit stays gathered until a backward pass ends; until then `model.parameters()` are not the sharded ones,
+    and an optimizer built on them would train copies.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def checkpoint_layer(layer: Block) -> None:
     """Recompute `layer` in the backward pass instead of keeping its activations.
 

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from umedtrain.data.batch import Batch
 from umedtrain.data.loader import Loader
 from umedtrain.distributed.part_files import PartFiles
+from umedtrain.distributed.sharding import reshard
 from umedtrain.distributed.world import World
 from umedtrain.training.tasks import Reference, answer_logprobs
 
@@ -74,6 +75,7 @@ def cached_reference(
                 rows += _rows(batch, values_A)
             append([row for row in rows if row["index"] in wanted])
             done |= wanted
+    reshard(model)
     values = {row["index"]: row["logprobs"] for row in parts.rows()}
     assert done <= values.keys()
     return _lookup(values)
