@@ -79,7 +79,7 @@ class PipelineConfig:
     """Seed of data, weights, shuffling and sampling of every stage."""
     configs: str = "recipes/configs/demo"
     """Folder with sft.toml, reward_base.toml, reward.toml, refresh.toml, dpo.toml, online.toml and evaluate.toml."""
-    evaluate_on: Literal["validation", "test"] = "validation"
+    evaluate_on: Literal["validation", "test"] = "test"
     """Split of the final evaluation. Choose settings on validation; test is for the end."""
     vocab_size: int = 1536
     """Entries of the tokenizer that is trained on the SFT split."""
