@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real soak lint clean
+.PHONY: demo test test-real soak kernels lint clean
 
 demo: .venv/demo
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) recipes/ultramedical.py recipes/configs/demo/ultramedical.toml $(ARGS)
@@ -22,6 +22,11 @@ test-real: .venv/real
 
 soak: .venv/test
 	$(BIN)/python -m pytest -m soak $(ARGS)
+
+# The tests in Triton's interpreter, then every launch compiled for GPUs that need not be here, against its budget.
+kernels: .venv/test
+	$(BIN)/python -m pytest --numprocesses 2 tests/kernels $(ARGS)
+	$(BIN)/python -m umedtrain.kernels.offline.check
 
 lint: .venv/test
 	$(BIN)/ruff check --fix .

@@ -45,6 +45,8 @@ setup(
     packages=[
         *find_packages(include=["umedtrain", "umedtrain.*"]),
         "umedtrain.kernels",
+        "umedtrain.kernels.offline",
+        "umedtrain.kernels.offline.cases",
         "umedtrain.recipes",
     ],
     package_data={"umedtrain.kernels": ["*.toml"], "umedtrain.recipes": ["configs/*.toml", "configs/*/*.toml"]},

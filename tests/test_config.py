@@ -83,6 +83,7 @@ def test_help_lists_every_key_with_meaning_and_default(capsys):
 
 SCHEMAS = {
     "sft": SFTConfig,
+    "reward_base": SFTConfig,
     "reward": RewardConfig,
     "refresh": RewardConfig,
     "dpo": DPOConfig,
