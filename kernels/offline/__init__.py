@@ -1,0 +1,1 @@
+"""Proving kernels without a GPU: interpreting, sanitizing, compiling, measuring and linting them."""

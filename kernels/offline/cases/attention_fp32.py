@@ -1,0 +1,12 @@
+"""Launches of `umedtrain.kernels.attention` on fp32, which no tensor core multiplies exactly: hence its own budget."""
+
+from collections.abc import Callable
+
+import torch
+from umedtrain.kernels.offline.cases import LlamaShape
+from umedtrain.kernels.offline.cases.attention import run
+
+
+def cases(shape: LlamaShape) -> dict[str, Callable[[], None]]:
+    """The model's head size, and the smallest and largest that are tuned."""
+    return {f"head_dim {size}": lambda size=size: run(shape, size, torch.float32) for size in (64, 128, 256)}
