@@ -115,11 +115,10 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    totals = world.sum([float(value) for value in sums.values()])
-    means = {name: total / max(count, 1.0) for name, total in zip(sums, totals, strict=True)}
+    means = [total / max(count, 1.0) for total in world.sum([float(value) for value in sums.values()])]
     seconds = time.perf_counter() - started
     return {
-        **task.report(means),
+        **dict(zip(sums, means, strict=True)),
         "lr": lr,
         "grad_norm": grad_norm,
         task.unit: count,
