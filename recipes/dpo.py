@@ -12,20 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 from umedtrain import losses
-from umedtrain.config import TrainingConfig
+from umedtrain.config import PairsConfig, TrainingConfig
+from umedtrain.data.care import load_pairs
 from umedtrain.data.example import encode_preference
 from umedtrain.data.loader import Loader
-from umedtrain.data.sources import load_sources
 from umedtrain.distributed.world import World
 from umedtrain.model.llama import Llama
-from umedtrain.records import read_preferences
-from umedtrain.text.tokenizer import Tokenizer
-from umedtrain.training.build import build_loader, build_model, build_tokenizer, export_model
+from umedtrain.training.build import build_loader, build_model, build_tokenizer, export_model, name_weights
 from umedtrain.training.loop import train
-from umedtrain.training.reference import cached_reference, frozen_reference
+from umedtrain.training.reference import build_reference
 from umedtrain.training.run import finish_run, launch, start_run
-from umedtrain.training.tasks import PairLoss, PreferenceTask, Reference
-from umedtrain.weights.fingerprint import weights_fingerprint
+from umedtrain.training.tasks import PairLoss, PreferenceTask
 
 
 @dataclass(frozen=True)
@@ -49,12 +46,19 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class DPOConfig(TrainingConfig):
+class PairTrainingConfig(TrainingConfig):
+    """What every recipe has that learns from pairs."""
+
+    dpo: LossConfig = field(default_factory=LossConfig)
+
+
+@dataclass(frozen=True)
+class DPOConfig(PairTrainingConfig):
     """Preference learning of a Llama on pairs: DPO and its kin."""
 
     output: str = "runs/dpo"
     """Folder of the run."""
-    dpo: LossConfig = field(default_factory=LossConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
 
 
 def run(config: DPOConfig, world: World) -> Path:
@@ -71,30 +75,61 @@ def run(config: DPOConfig, world: World) -> Path:
         template=config.data.template,
         trim=config.data.trim,
     )
-    sources, drops = load_sources(config.data.files, read_preferences, encode)
+    sources, drops, report = load_pairs(config.data.files, config.pairs, encode)
     loader = build_loader(sources, config.data, config.batch, world)
 
     model = build_model(Llama, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)
-    totals = train(
+    start = name_weights(config.model, seed=config.batch.seed)
+    totals = learn(config, model, model, loader, folder, world, weights=start)
+
+    export_model(model, folder / "export", tokenizer, world)
+    finish_run(folder, {**totals, "dropped": drops.summary(), "data": report}, world)
+    return folder / "export"
+
+
+def learn(
+    config: PairTrainingConfig,
+    model: Llama,
+    reference: Llama,
+    loader: Loader,
+    folder: Path,
+    world: World,
+    *,
+    weights: str,
+) -> dict[str, float]:
+    """Train `model` on the loader's pairs and return the run's totals.
+
+    Args:
+        reference: as it is now, the reference; may be `model` itself.
+        folder: the run's.
+        weights: name of the reference's weights.
+    """
+    task = PreferenceTask(
+        pair_loss(config.dpo),
+        build_reference(
+            config.dpo.reference,
+            reference,
+            loader,
+            folder / "reference",
+            world,
+            parallel=config.parallel,
+            weights=weights,
+            progress=config.log.progress,
+        ),
+        beta=config.dpo.beta,
+        nll=config.dpo.nll,
+        chunk_bytes=config.parallel.logits_megabytes * 2**20,
+    )
+    return train(
         model,
         loader,
-        PreferenceTask(
-            pair_loss(config.dpo),
-            reference_of(config, model, tokenizer, loader, world),
-            beta=config.dpo.beta,
-            nll=config.dpo.nll,
-            chunk_bytes=config.parallel.logits_megabytes * 2**20,
-        ),
+        task,
         run=folder,
         world=world,
         optimizer_config=config.optimizer,
         checkpoint_config=config.checkpoint,
         log_config=config.log,
     )
-
-    export_model(model, folder / "export", tokenizer, world)
-    finish_run(folder, {**totals, "dropped": drops.summary()}, world)
-    return folder / "export"
 
 
 def pair_loss(config: LossConfig) -> PairLoss:
@@ -122,30 +157,6 @@ def pair_loss(config: LossConfig) -> PairLoss:
             return lambda policy, _, lengths: losses.simpo(*policy, *lengths, beta=beta, gamma=config.gamma)
         case "orpo":
             return lambda policy, _, lengths: losses.orpo(*policy, *lengths, beta=beta)
-
-
-def reference_of(
-    config: DPOConfig, model: Llama, tokenizer: Tokenizer, loader: Loader, world: World
-) -> Reference | None:
-    """What the model that training starts from says of the answers; `model` is still that model."""
-    if config.dpo.reference == "none":
-        return None
-    chunk_bytes = config.parallel.logits_megabytes * 2**20
-    if config.dpo.reference == "model":
-        frozen = build_model(Llama, config.model, config.parallel, tokenizer, world, seed=config.batch.seed)
-        return frozen_reference(frozen, chunk_bytes=chunk_bytes)
-    start = config.model
-    weights = weights_fingerprint(start.path) if start.path else f"{start.preset}, seed {config.batch.seed}"
-    return cached_reference(
-        model,
-        loader,
-        Path(config.output) / "reference",
-        world,
-        weights=weights,
-        dtype=config.parallel.dtype,
-        chunk_bytes=chunk_bytes,
-        progress=config.log.progress,
-    )
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ Completions are kept as they are made, so an interrupted evaluation goes on wher
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,13 +21,13 @@ from umedtrain.distributed.world import World
 from umedtrain.evaluation.benchmark import METHODS, score_benchmark
 from umedtrain.evaluation.questions import Question, format_question, load_questions, sample_questions
 from umedtrain.evaluation.rewards import ScoredPair, score_rewards
-from umedtrain.evaluation.scoring import score_answers
+from umedtrain.evaluation.scoring import load_reward_model, score_answers, score_rows
 from umedtrain.evaluation.statistics import mean_interval
 from umedtrain.evaluation.table import markdown_table, write_results
 from umedtrain.model.heads import RewardModel
 from umedtrain.records import read_preferences
 from umedtrain.sampling import Sampler, SamplingParams
-from umedtrain.sampling.rollout import Row, rollout, sampling_params
+from umedtrain.sampling.rollout import rollout, sampling_params
 from umedtrain.text.chat import render_chat
 from umedtrain.text.tokenizer import Tokenizer, load_tokenizer
 from umedtrain.training.run import finish_run, launch, start_run
@@ -68,9 +68,7 @@ def run(config: EvaluateConfig, world: World, *, show: bool = True) -> dict[str,
 
     reward_model = tokenizer = None
     if config.reward_model:
-        reward_model = load_model(config.reward_model, dtype=getattr(torch, config.dtype), device=world.device)
-        if not isinstance(reward_model, RewardModel):
-            raise ValueError(f"reward_model: {config.reward_model} is a language model, not a reward model")
+        reward_model = load_reward_model(config.reward_model, dtype=getattr(torch, config.dtype), device=world.device)
         tokenizer = load_tokenizer(config.reward_model)
     if config.questions:
         tokenizer = load_tokenizer(config.model)
@@ -121,16 +119,6 @@ def _answer(
     return score_benchmark(questions, greedy, samples, rewards, seed=settings.seed).as_dict()
 
 
-def score_rows(
-    model: RewardModel, prompts: Sequence[Sequence[int]], rows: Sequence[Row], world: World
-) -> list[list[float]]:
-    """The reward of every sampled answer, on every rank. Collective: each rank scores its share of the prompts."""
-    mine = range(world.rank, len(prompts), world.size)
-    answers = [[answer["tokens"] for answer in rows[index]["answers"]] for index in mine]
-    scored = zip(mine, score_answers(model, [prompts[index] for index in mine], answers), strict=True)
-    return [rewards for _, rewards in sorted(item for part in world.gather(list(scored)) for item in part)]
-
-
 def _rank(path: str, model: RewardModel, tokenizer: Tokenizer, config: EvaluateConfig, world: World) -> dict[str, Any]:
     """Pairwise accuracy on one file of preference pairs."""
     drops, kept = Drops(), []
@@ -159,6 +147,9 @@ def _rank(path: str, model: RewardModel, tokenizer: Tokenizer, config: EvaluateC
         "groups": {group: vars(stratum) for group, stratum in scores.groups.items()},
         "group_mean": scores.group_mean,
         "mean_margin": scores.mean_margin,
+        "chosen": vars(scores.chosen),
+        "rejected": vars(scores.rejected),
+        "calibration": asdict(scores.calibration),
         "longest_baseline": scores.length.longest_baseline,
         "chosen_longer_share": scores.length.chosen_longer_share,
         "dropped": drops.summary(),

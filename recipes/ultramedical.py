@@ -27,6 +27,7 @@ from umedtrain.config import SamplingConfig, read_config
 from umedtrain.distributed.world import World
 from umedtrain.evaluation.benchmark import METHODS
 from umedtrain.evaluation.questions import read_questions
+from umedtrain.evaluation.scoring import score_rows
 from umedtrain.evaluation.statistics import Estimate, mcnemar, paired_bootstrap
 from umedtrain.evaluation.table import markdown_table
 from umedtrain.model.heads import RewardModel
@@ -177,7 +178,7 @@ class Stages:
             render_chat(prompt.messages, tokenizer, add_generation_prompt=True)[0]
             for prompt in read_prompts(self.data(split))
         ]
-        return evaluate.score_rows(model, prompts, rows, self.world)
+        return score_rows(model, prompts, rows, self.world)
 
 
 def run(config: PipelineConfig, world: World) -> None:

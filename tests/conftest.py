@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from umedtrain.distributed.world import finalize, initialize
 from umedtrain.model.config import LlamaConfig, RopeScaling
 
 
@@ -10,6 +11,17 @@ from umedtrain.model.config import LlamaConfig, RopeScaling
 def _one_thread():
     # Two threads on a busy two-core machine are far slower than one.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def world():
+    """This process as the only rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MASTER_ADDR", raising=False)
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+            patch.setenv(name, value)
+        yield initialize()
+        finalize()
 
 
 @pytest.fixture

@@ -7,7 +7,9 @@ from umedtrain.recipes import sft
 from umedtrain.recipes.dpo import DPOConfig
 from umedtrain.recipes.evaluate import EvaluateConfig
 from umedtrain.recipes.generate import GenerateConfig
+from umedtrain.recipes.online_dpo import OnlineDPOConfig
 from umedtrain.recipes.reward import RewardConfig
+from umedtrain.recipes.score import ScoreConfig
 from umedtrain.recipes.sft import SFTConfig
 from umedtrain.recipes.ultramedical import PipelineConfig
 
@@ -88,15 +90,17 @@ SCHEMAS = {
     "refresh": RewardConfig,
     "dpo": DPOConfig,
     "online": DPOConfig,
+    "online_dpo": OnlineDPOConfig,
     "generate": GenerateConfig,
     "evaluate": EvaluateConfig,
+    "score": ScoreConfig,
     "ultramedical": PipelineConfig,
 }
 
 
 def test_every_config_that_is_shipped_is_valid():
     paths = sorted(Path(sft.__file__).parent.glob("configs/*/*.toml"))
-    assert len(paths) >= 14
+    assert len(paths) >= 16
     for path in paths:
         config = read_config(SCHEMAS[path.stem], path)
         if path.parent.name != "demo":

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 
 from umedtrain.records import (
+    Answered,
     Conversation,
     Preference,
     Prompt,
     RecordError,
     file_fingerprint,
+    read_answered,
     read_conversations,
     read_preferences,
     read_prompts,
@@ -131,11 +133,37 @@ def test_prompt_layouts(tmp_path, row, messages):
     assert list(prompt.messages) == messages
 
 
+@pytest.mark.parametrize(
+    "row, prompt, answers",
+    [
+        ({"prompt": "What is insulin?", "answer": "A hormone."}, [USER], ["A hormone."]),
+        ({"prompt": "What is insulin?", "completion": "A hormone."}, [USER], ["A hormone."]),
+        ({"prompt": [USER], "completion": [ASSISTANT]}, [USER], ["A hormone."]),
+        # Beside anything that can be judged, `answer` is the reference answer.
+        ({"prompt": "What is insulin?", "completion": "A bone.", "answer": "A hormone."}, [USER], ["A bone."]),
+        ({"conversations": DIALOG, "answer": "B"}, [USER], ["A hormone."]),
+        ({"messages": [*DIALOG, USER, OTHER]}, [*DIALOG, USER], ["A bone."]),
+        (
+            {"system": "Be brief.", "messages": DIALOG},
+            [{"role": "system", "content": "Be brief."}, USER],
+            ["A hormone."],
+        ),
+        ({"messages": [USER], "completions": ["A", "", "B"], "logprobs": [0, 0, 0]}, [USER], ["A", "", "B"]),
+        ({"prompt": "What is insulin?", "completions": ["A"]}, [USER], ["A"]),
+        ({"prompt": "What is insulin?", "chosen": "A", "rejected": "B"}, [USER], ["A", "B"]),
+        ({"chosen": DIALOG, "rejected": [USER, OTHER]}, [USER], ["A hormone.", "A bone."]),
+    ],
+)
+def test_answered_layouts(tmp_path, row, prompt, answers):
+    path = jsonl(tmp_path, "", {**row, "id": 7})
+    assert read_answered(path) == [Answered(tuple(prompt), tuple(answers), "7", str(path), 2)]
+
+
 def test_numeric_ids_become_text(tmp_path):
     assert read_prompts(jsonl(tmp_path, {"id": 7, "prompt": "Why?"}))[0].id == "7"
 
 
-talks, pairs, prompts = read_conversations, read_preferences, read_prompts
+talks, pairs, prompts, answered = read_conversations, read_preferences, read_prompts, read_answered
 MALFORMED_ROWS = [
     # reader, row, field, part of the message
     (talks, [1, 2], None, "must be an object, not a list"),
@@ -181,6 +209,20 @@ MALFORMED_ROWS = [
     (prompts, {"prompt": ["x"]}, "prompt[0]", "must be an object"),
     (prompts, {"prompt": DIALOG}, "prompt", "no user turn"),
     (prompts, {"messages": [ASSISTANT]}, "messages", "no user turn"),
+    (answered, {"text": "x"}, None, "needs `prompt` with `answer`, `completion` or `completions`"),
+    (answered, {"prompt": "x"}, None, "its fields are: prompt"),
+    (answered, {"completions": ["x"]}, None, "needs `messages` or `prompt` beside `completions`"),
+    (answered, {"prompt": "x", "answer": ""}, "answer", "is empty"),
+    (answered, {"prompt": "x", "completion": 3}, "completion", "not a number"),
+    (answered, {"prompt": "x", "completion": [USER]}, "completion[0]", "must be the assistant's turn"),
+    (answered, {"prompt": DIALOG, "answer": "x"}, "prompt", "no user turn right before the answer"),
+    (answered, {"messages": [USER]}, "messages[0]", "must be the assistant's turn"),
+    (answered, {"messages": [ASSISTANT]}, "messages", "no user turn right before the answer"),
+    (answered, {"messages": DIALOG, "completions": ["x"]}, "messages", "no user turn right before the answer"),
+    (answered, {"messages": [USER], "completions": []}, "completions", "is an empty list"),
+    (answered, {"messages": [USER], "completions": "x"}, "completions", "must be a list of texts, not a string"),
+    (answered, {"messages": [USER], "completions": ["x", 3]}, "completions[1]", "must be a string, not a number"),
+    (answered, {"prompt": "x", "chosen": "y"}, None, "needs `chosen` and `rejected`"),
 ]  # fmt: skip
 
 

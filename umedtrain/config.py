@@ -58,6 +58,18 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PairsConfig:
+    """What is done about questionable preference pairs; whatever is found is counted in the run's summary.json."""
+
+    held_out: tuple[str, ...] = ()
+    """Files of pairs that are kept for evaluation: training pairs with one of their prompts are counted."""
+    drop_held_out: bool = False
+    """Drop the training pairs that share a prompt with `held_out`."""
+    drop_not_higher: bool = False
+    """Drop the pairs whose metadata do not give the chosen answer a higher score than the rejected one."""
+
+
+@dataclasses.dataclass(frozen=True)
 class BatchConfig:
     """How much is seen per optimizer step, and for how long."""
 

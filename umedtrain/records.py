@@ -5,6 +5,8 @@
     Preference      a prompt with a better and a worse answer: UltraMedical's layout, {prompt, chosen, rejected},
                     or {chosen, rejected} as dialogs that share all but their last turn
     Prompt          what an answer is wanted to: {prompt}, or one of the above without its last answer
+    Answered        a prompt with answers that are to be judged: {prompt, answer}, {prompt, completion}, a dialog that
+                    ends with the assistant's turn, a pair, or {messages, completions} with a list of texts
 
 Prompts and answers may be strings or message lists, messages {role, content} or {from, value}. A malformed file or
 row is a `RecordError` that names the file, the line and the field: rows are never skipped. Fields that a record does
@@ -18,6 +20,7 @@ from typing import Any
 from umedtrain.files import RecordError, Row, file_fingerprint, kind_name, read_rows, write_jsonl
 
 __all__ = [
+    "Answered",
     "Conversation",
     "Message",
     "Messages",
@@ -25,6 +28,7 @@ __all__ = [
     "Prompt",
     "RecordError",
     "file_fingerprint",
+    "read_answered",
     "read_conversations",
     "read_preferences",
     "read_prompts",
@@ -83,6 +87,17 @@ class Prompt:
     line: int = 0
 
 
+@dataclass(frozen=True)
+class Answered:
+    """Messages that end with the user's, and one or more answers to them; of a preference pair chosen and rejected."""
+
+    prompt: Messages
+    answers: tuple[str, ...]
+    id: str | None = None
+    source: str = ""
+    line: int = 0
+
+
 def read_conversations(path: str | Path) -> list[Conversation]:
     """All conversations of a file.
 
@@ -100,6 +115,11 @@ def read_preferences(path: str | Path) -> list[Preference]:
 def read_prompts(path: str | Path) -> list[Prompt]:
     """All prompts of a file. Raises as `read_conversations`."""
     return [_prompt(row) for row in read_rows(Path(path))]
+
+
+def read_answered(path: str | Path) -> list[Answered]:
+    """All answered prompts of a file. Raises as `read_conversations`."""
+    return [_answered(row) for row in read_rows(Path(path))]
 
 
 def _conversation(row: Row) -> Conversation:
@@ -163,6 +183,44 @@ def _preference(row: Row) -> Preference:
         source=str(row.path),
         line=row.line,
     )
+
+
+def _answered(row: Row) -> Answered:
+    if row.has("chosen") or row.has("rejected"):
+        pair = _preference(row)
+        return Answered(pair.prompt, (pair.chosen, pair.rejected), pair.id, pair.source, pair.line)
+    dialog = row.has("conversations") or row.has("messages")
+    if row.has("completions"):
+        if not (dialog or row.has("prompt")):
+            row.expected("`messages` or `prompt` beside `completions`")
+        prompt, key = (_dialog(row), _dialog_key(row)) if dialog else (_prompt_field(row), "prompt")
+        answers = _completions(row)
+    elif dialog:
+        messages, key = _dialog(row), _dialog_key(row)
+        if messages[-1]["role"] != "assistant":
+            row.fail(f"{key}[{len(messages) - 1}]", "must be the assistant's turn, for it is the answer")
+        prompt, answers = messages[:-1], (messages[-1]["content"],)
+    elif row.has("prompt") and (row.has("completion") or row.has("answer")):
+        # Beside a completion, `answer` is the reference answer.
+        field = "completion" if row.has("completion") else "answer"
+        before, answer = _answer(row, field)
+        prompt, key, answers = _prompt_field(row) + before, "prompt", (answer,)
+    else:
+        row.expected(
+            "`prompt` with `answer`, `completion` or `completions`, `messages`, `conversations`, or `chosen` and "
+            "`rejected`"
+        )
+    if not prompt or prompt[-1]["role"] != "user":
+        row.fail(key, "has no user turn right before the answer")
+    return Answered(_with_system(row, prompt), answers, row.record_id(), str(row.path), row.line)
+
+
+def _completions(row: Row) -> tuple[str, ...]:
+    """A list of texts, which may be empty ones: a model can end its turn at once."""
+    texts = row.optional("completions", list, "a list of texts")
+    if not texts:
+        row.fail("completions", "is an empty list, so there is nothing to judge; remove the row")
+    return tuple(row.check_text(text, f"completions[{index}]") for index, text in enumerate(texts))
 
 
 def _common(row: Row) -> dict[str, Any]:

@@ -4,7 +4,15 @@ import math
 
 import pytest
 
-from umedtrain.collection.pairs import add_answers, checked_pairs, ranked_pairs
+from umedtrain.collection.pairs import (
+    NOTHING_TO_CHOOSE,
+    TIE,
+    add_answers,
+    checked_pairs,
+    checked_rewards,
+    ranked_pairs,
+)
+from umedtrain.data.example import Drops
 from umedtrain.evaluation.questions import Question, format_question
 from umedtrain.records import Prompt, read_preferences, write_jsonl
 
@@ -155,6 +163,68 @@ def test_ranked_pairs_draw_depends_on_seed_and_prompt_only():
     assert drawn(1) != drawn(2)
     assert drawn(1)[4:] == drawn(1, slice(4, None))
     assert len(set(drawn(1))) == 2
+
+
+def drawn_pairs(answers: dict, rewards: list[float], seeds=range(40), **options) -> set[tuple[str, str]]:
+    return {texts_of(ranked_pairs([prompt("Why?")], [answers], [rewards], seed=s, **options))[0] for s in seeds}
+
+
+def test_ranked_pairs_best_and_worst():
+    answers = row(A, B, C, UNREADABLE)
+    assert drawn_pairs(answers, [1.0, 3.0, 0.0, 2.0], choose="max_min") == {(B, C)}
+    assert drawn_pairs(answers, [1.0, 3.0, 0.0, 2.0]) == {(B, A), (B, C), (B, UNREADABLE)}
+
+
+def test_ranked_pairs_draw_among_equals():
+    found = drawn_pairs(row(A, B, C, UNREADABLE), [1.0, 0.0, 1.0, 0.0], choose="max_min")
+    assert found == {(A, B), (A, UNREADABLE), (C, B), (C, UNREADABLE)}
+
+
+def test_ranked_pairs_without_counting_repeats():
+    answers = row(A, B, A, A, A)
+    assert drawn_pairs(answers, [1.0, 2.0, 1.0, 1.0, 1.0]) == {(A, B)}
+    (pair,) = ranked_pairs([prompt("Why?")], [answers], [[1.0, 2.0, 1.0, 1.0, 1.0]], seed=0, repeats=False)
+    assert texts_of([pair]) == [(B, A)]
+    assert pair["metadata"] == {"chosen": {"score": 2.0}, "rejected": {"score": 1.0}}
+
+
+def test_ranked_pairs_with_a_length_penalty():
+    answers = row(A, B, C)
+    for answer, tokens in zip(answers["answers"], (300, 50, 100), strict=True):
+        answer["tokens"] = [1] * tokens
+    assert drawn_pairs(answers, [3.0, 1.0, 2.0], choose="max_min") == {(A, B)}
+    # 3 - 3 * 0.9, 1 - 0.5 * 0.9, 2 - 0.9
+    (pair,) = ranked_pairs([prompt("Why?")], [answers], [[3.0, 1.0, 2.0]], seed=0, choose="max_min", length_penalty=0.9)
+    assert texts_of([pair]) == [(C, A)]
+    assert pair["metadata"]["chosen"]["score"] == pytest.approx(1.1)
+    assert pair["metadata"]["rejected"]["score"] == pytest.approx(0.3)
+
+
+def test_ranked_pairs_say_why_a_prompt_gives_none():
+    skipped = Drops()
+    rows = [row(A, B), row(A, B, cut=(A,)), row(A, A), row(A, B), row(A, " \n")]
+    prompts = [Prompt(({"role": "user", "content": "Why?"},), source="p.jsonl", line=line) for line in range(1, 6)]
+    rewards = [[1.0, 1.0], [1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 0.0]]
+    assert texts_of(ranked_pairs(prompts, rows, rewards, seed=0, skipped=skipped)) == [(B, A)]
+    assert skipped.summary() == {
+        NOTHING_TO_CHOOSE: {"count": 3, "first": ["p.jsonl:2", "p.jsonl:3", "p.jsonl:5"]},
+        TIE: {"count": 1, "first": ["p.jsonl:1"]},
+    }
+
+
+def test_prompts_without_ids_have_draws_of_their_own():
+    prompts = [Prompt(({"role": "user", "content": f"Why {i}?"},)) for i in range(12)]
+    pairs = texts_of(ranked_pairs(prompts, [row(A, B, C)] * 12, [[2.0, 1.0, 0.0]] * 12, seed=1))
+    assert set(pairs) == {(A, B), (A, C)}
+
+
+def test_checked_rewards():
+    answers = row(A, B, LONG_B, UNREADABLE, "So, the answer is B", cut=("So, the answer is B",))
+    assert checked_rewards([VIRUS], [answers]) == [[0.0, 1.0, 1.0, 0.0, 0.0]]
+    right, wrong = "So, the answer is vitamin c  deficiency.", "So, the answer is vitamin D deficiency."
+    assert checked_rewards([VIRUS, OPEN], [row(B), row(right, wrong)]) == [[1.0], [1.0, 0.0]]
+    with pytest.raises(ValueError, match="shorter"):
+        checked_rewards([VIRUS, OPEN], [row(A)])
 
 
 def test_rows_are_readable(tmp_path):

@@ -1,5 +1,7 @@
 """Batches: which row predicts which target."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,6 +35,16 @@ def test_answers_alternate_in_the_leaves():
     assert first_tokens == [3, 5, 23, 25, 43, 45]
 
 
+def test_margins_follow_the_pairs_and_what_is_unknown_is_0():
+    known = dataclasses.replace(pair(20), margins=(1.5,))
+    segments = (*known.segments, segment([30], parent=0))
+    tree = Example(segments, pairs=((0, 1), (2, 1), (0, 2)), margins=(2.0, None, -1.0))
+    batch = collate([pair(0), known, tree])
+    assert batch.margins_P.tolist() == [0.0, 1.5, 2.0, 0.0, -1.0]
+    assert batch.margins_P.dtype == torch.float32
+    assert collate([]).margins_P.shape == (0,)
+
+
 def test_batch_without_examples_is_legal():
     batch = collate([])
     assert (batch.num_examples, batch.num_tokens, batch.num_targets) == (0, 0, 0)
@@ -49,7 +61,9 @@ def test_batch_without_targets_is_legal():
 
 def test_to_moves_every_tensor():
     moved = collate([pair(0), flat(3)]).to("meta")
-    for tensor in (moved.tokens_T, moved.rows_N, moved.targets_N, moved.segment_of_N, moved.layout.positions_T):
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 8
+    for tensor in (*tensors, moved.layout.positions_T):
         assert tensor.device.type == "meta"
     assert (moved.num_examples, moved.num_tokens, moved.num_targets) == (2, 12, 8)
 

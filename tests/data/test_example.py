@@ -1,6 +1,8 @@
 """Records to examples: what is learned, what is dropped and why."""
 
+import dataclasses
 import json
+import math
 from functools import partial
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from umedtrain.data.example import (
     Drops,
     Example,
     encode_all,
+    encode_answers,
     encode_conversation,
     encode_preference,
+    score_margin,
 )
 from umedtrain.data.sources import load_sources
 from umedtrain.records import Conversation, Preference, RecordError, read_conversations, read_preferences
@@ -124,6 +128,37 @@ def test_pair_that_trimming_makes_equal_is_dropped():
     dropped = encode_preference(spaced, TOKENIZER, max_tokens=1000)
     assert dropped == Dropped("chosen and rejected are the same tokens", "pairs.jsonl", 2)
     assert isinstance(encode_preference(spaced, TOKENIZER, max_tokens=1000, trim=False), Example)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "margin"),
+    [
+        ({"chosen": {"score": 4.5}, "rejected": {"score": 3}}, 1.5),
+        ({"chosen": {"score": 1}, "rejected": {"score": 5}}, -4.0),
+        ({}, None),
+        ({"chosen": {"score": 4}}, None),
+        ({"chosen": {"score": 4}, "rejected": "bad"}, None),
+        ({"chosen": {"score": "4"}, "rejected": {"score": 3}}, None),
+        ({"chosen": {"score": True}, "rejected": {"score": 0}}, None),
+        ({"chosen": {"score": math.nan}, "rejected": {"score": 0}}, None),
+        ({"chosen": {"score": math.inf}, "rejected": {"score": 0}}, None),
+    ],
+)
+def test_the_margin_of_a_pair_is_the_difference_of_its_scores(metadata, margin):
+    scored = dataclasses.replace(PREFERENCE, metadata=metadata)
+    assert score_margin(scored) == margin
+    assert encode_preference(scored, TOKENIZER, max_tokens=1000, margins=True).margins == (margin,)
+    assert encode_preference(scored, TOKENIZER, max_tokens=1000).margins == ()
+
+
+def test_answers_are_encoded_as_those_of_pairs_are():
+    for template in ("llama3", "chatml"):
+        pair = encode_preference(PREFERENCE, TOKENIZER, max_tokens=1000, template=template)
+        texts = [PREFERENCE.rejected, "", PREFERENCE.chosen]
+        prompt, answers = encode_answers(PREFERENCE.prompt, texts, TOKENIZER, template=template)
+        assert prompt == pair.segments[0].tokens.tolist()
+        assert [answers[2], answers[0]] == [part.tokens.tolist() for part in pair.segments[1:]]
+        assert answers[1] == answers[0][-1:], "an empty answer is the end of the turn"
 
 
 def test_targets_of_roots_and_children():

@@ -137,6 +137,7 @@ def changed_sources(change):
         ({"sources": changed_sources(lambda s: Example((segment(s.tokens + 1, s.loss_mask),)))}, "examples"),
         ({"sources": changed_sources(lambda s: Example((segment(s.tokens, ~s.loss_mask),)))}, "examples"),
         ({"sources": changed_sources(lambda s: Example((segment(s.tokens[:2]), segment(s.tokens[2:]))))}, "examples"),
+        ({"sources": changed_sources(lambda s: Example((s,), margins=(1.0,)))}, "examples"),
     ],
 )
 def test_resuming_on_other_data_is_refused(other, key):

@@ -1,5 +1,7 @@
 """Pairs of one prompt as one tree."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,18 @@ def test_pairs_of_one_prompt_become_one_tree_with_each_answer_once():
     ]
     assert [example.pairs for example in merged] == [((0, 1), (0, 2)), ((0, 1),)]
     assert [(example.source, example.line) for example in merged] == [("pairs.jsonl", 1), ("pairs.jsonl", 2)]
+
+
+def test_margins_stay_with_their_pairs():
+    a, b, c = [10, 2], [11, 12, 2], [13, 2]
+    pairs = [pair([1, 5], a, b), pair([1, 5], c, b), pair([1, 5], a, b), pair([1, 5], a, c), pair([1, 5], c, b)]
+    margins = (None, 1.0, 2.0, None, 3.0)
+    known = [dataclasses.replace(one, margins=(margin,)) for one, margin in zip(pairs, margins, strict=True)]
+    (merged,) = merge_pairs(known, max_tokens=100)
+    assert dict(zip(merged.pairs, merged.margins, strict=True)) == {(0, 1): 2.0, (2, 1): 1.0, (0, 2): None}
+    apart = [example.margins for example in merge_pairs(known, max_tokens=8)]
+    assert apart == [(None,), (1.0,), (2.0,), (None,), (3.0,)]
+    assert merge_pairs(pairs, max_tokens=100)[0].margins == ()
 
 
 def test_answers_that_do_not_fit_together_are_shared_out():

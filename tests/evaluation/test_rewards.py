@@ -6,7 +6,15 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from umedtrain.evaluation.rewards import ScoredPair, Stratum, length_bias, score_rewards, spearman_within
+from umedtrain.evaluation.rewards import (
+    ScoredPair,
+    Stratum,
+    calibration,
+    length_bias,
+    score_rewards,
+    spearman_within,
+    summarize_rewards,
+)
 
 PAIRS = [
     ScoredPair(2.0, 1.0, 100, 50, "easy"),  # longer, right
@@ -92,12 +100,51 @@ def test_spearman_within_prompts():
     assert spearman_within([([2.0, 1.0], [10, 20]), ([9.0, 8.0], [100, 200])]) == (-1.0, 2)
 
 
+def test_both_sides_and_calibration_are_among_the_scores():
+    scores = score_rewards(PAIRS)
+    chosen = [pair.chosen for pair in PAIRS]
+    assert (scores.chosen.mean, scores.chosen.std) == (pytest.approx(np.mean(chosen)), pytest.approx(np.std(chosen)))
+    lengths = [pair.rejected_length for pair in PAIRS]
+    correlation = np.corrcoef([pair.rejected for pair in PAIRS], lengths)[0, 1]
+    assert scores.rejected.length_correlation == pytest.approx(correlation)
+    assert scores.calibration == calibration(PAIRS)
+
+
+def test_calibration_by_hand():
+    logit = {p: math.log(p / (1 - p)) for p in (0.52, 0.54, 0.72, 0.99)}
+    margins = [logit[0.52], -logit[0.54], logit[0.72], 0.0, logit[0.99], 1000.0, -1000.0]
+    found = calibration([ScoredPair(margin, 0.0, 1, 1) for margin in margins])
+    # Of 0.50, 0.52 and 0.54: a tie, right, wrong.
+    assert [(part.n, part.accuracy) for part in found.bins] == [(3, 0.5), (1, 1.0), (3, pytest.approx(2 / 3))]
+    assert [part.confidence for part in found.bins] == pytest.approx([0.52, 0.72, 2.99 / 3])
+    assert found.confidence == pytest.approx((0.5 + 0.52 + 0.54 + 0.72 + 2.99) / 7)
+    assert found.probability == pytest.approx((0.52 + 0.46 + 0.72 + 0.5 + 0.99 + 1.0 + 0.0) / 7)
+    assert found.expected_error == pytest.approx((3 * 0.02 + 0.28 + (2.99 - 2)) / 7)
+    one = calibration([ScoredPair(margin, 0.0, 1, 1) for margin in margins], bins=1)
+    assert one.expected_error == pytest.approx(abs(4.5 / 7 - found.confidence))
+
+
+def test_a_model_that_is_as_sure_as_it_is_right_has_no_error():
+    pairs = [ScoredPair(math.log(3) if right else -math.log(3), 0.0, 1, 1) for right in (True, True, True, False)]
+    assert calibration(pairs).expected_error == pytest.approx(0.0, abs=1e-12)
+
+
+def test_summary_by_hand():
+    summary = summarize_rewards([1.0, 2.0, 6.0], [10, 30, 20])
+    assert (summary.count, summary.mean, summary.std) == (3, 3.0, pytest.approx(math.sqrt(14 / 3)))
+    assert summary.length_correlation == pytest.approx(np.corrcoef([1, 2, 6], [10, 30, 20])[0, 1])
+    assert summarize_rewards([1.0], [3]).std == 0.0
+    assert summarize_rewards([1.0, 2.0], [3, 3]).length_correlation is None
+
+
 def test_errors():
     with pytest.raises(ValueError, match="finite"):
         ScoredPair(math.nan, 0.0, 1, 1)
     with pytest.raises(ValueError, match="negative"):
         ScoredPair(0.0, 0.0, -1, 1)
-    for call in (score_rewards, length_bias):
+    with pytest.raises(ValueError, match="one bin, not 1 and 0"):
+        calibration(PAIRS[:1], bins=0)
+    for call in (score_rewards, length_bias, calibration):
         with pytest.raises(ValueError, match="at least one"):
             call([])
     with pytest.raises(ValueError, match="prompt 0 has 2 rewards and 1 lengths"):

@@ -1,9 +1,13 @@
 """Rewards of answers: whatever is computed together, each is that of one forward pass."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from umedtrain.evaluation.scoring import score_answers
+from tests.ranks import run_ranks
+from umedtrain.evaluation.scoring import cached_rewards, score_answers, score_rows
+from umedtrain.model.config import LlamaConfig
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.layout import Layout
 
@@ -92,3 +96,84 @@ def test_errors_name_the_prompt(model):
         score_answers(model, PROMPTS, ANSWERS, max_tokens=LONGEST - 1)
     with pytest.raises(ValueError, match="argument 2 is"):
         score_answers(model, PROMPTS, ANSWERS[:2])
+
+
+CONFIG = LlamaConfig(101, 32, 64, 2, 4, 2, 8)
+MANY = [[1, 2, 3 + index] for index in range(9)]
+THEIRS = [[[10 + index, 20 + answer] for answer in range(1 + index % 3)] for index in range(9)]
+
+
+def model_of(seed):
+    model = RewardModel(CONFIG)
+    model.init_weights(seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= 5
+    return model
+
+
+def keep(world, folder, **changes):
+    """Rewards, and how many tokens this rank computed."""
+    model, tokens = model_of(1), []
+    model.register_forward_pre_hook(lambda _, inputs: tokens.append(len(inputs[0])))
+    arguments = {"prompts": MANY, "answers": THEIRS, "weights": "one", "block": 2} | changes
+    return cached_rewards(model, folder=Path(folder), world=world, progress=False, **arguments), sum(tokens)
+
+
+def keep_on_two_ranks(world, folder, other):
+    """What `keep` gives, that of `score_rows`, and what is said of another run's folder."""
+    with pytest.raises(ValueError) as refused:
+        keep(world, other, weights="two")
+    rows = [{"answers": [{"tokens": ids} for ids in group]} for group in THEIRS]
+    return keep(world, folder), score_rows(model_of(1), MANY, rows, world), str(refused.value)
+
+
+def stored(folder):
+    return sorted(line for part in Path(folder).glob("part-*") for line in part.read_bytes().splitlines())
+
+
+def test_kept_rewards_are_the_same_on_any_number_of_ranks(world, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    whole, tokens = keep(world, one)
+    assert len({reward for group in whole for reward in group}) == sum(map(len, THEIRS))
+    for found, wanted in zip(whole, score_answers(model_of(1), MANY, THEIRS), strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5)
+    shares = []
+    for (rewards, share), rows, refused in run_ranks(2, keep_on_two_ranks, two, one):
+        assert rewards == whole
+        assert [reward for group in rows for reward in group] == pytest.approx(
+            [reward for group in whole for reward in group], abs=1e-5
+        )
+        assert refused == f"{one} holds a reward cache with other weights; choose another folder or remove it"
+        shares.append(share)
+    assert sum(shares) == tokens
+    assert min(shares) > 0.3 * tokens
+    assert stored(two) == stored(one)
+
+
+def test_interrupted_rewards_are_completed_to_the_last_bit(world, tmp_path):
+    whole, tokens = keep(world, tmp_path)
+    part = tmp_path / "part-00000.jsonl"
+    lines = part.read_bytes().splitlines(keepends=True)
+    # The second row of the second block is torn: the block is computed again, its first row kept.
+    part.write_bytes(b"".join(lines[:4])[:-5])
+    again, fewer = keep(world, tmp_path)
+    assert again == whole
+    assert 0 < fewer < tokens
+    assert part.read_bytes() == b"".join(lines)
+    assert keep(world, tmp_path) == (whole, 0)
+
+
+@pytest.mark.parametrize("change", [{"weights": "two"}, {"answers": [[[1]]] * 9}, {"block": 3}, {"max_tokens": 99}])
+def test_rewards_of_something_else_are_refused(world, tmp_path, change):
+    keep(world, tmp_path)
+    with pytest.raises(ValueError, match=f"holds a reward cache with other {next(iter(change))};"):
+        keep(world, tmp_path, **change)
+
+
+def test_a_reward_that_is_not_finite_is_an_error(world, tmp_path):
+    model = model_of(1)
+    model.score.weight.data *= float("nan")
+    with pytest.raises(FloatingPointError, match=r"prompt 0: a reward is not finite: \[nan\]"):
+        cached_rewards(model, MANY, THEIRS, tmp_path, world, weights="one", progress=False)
+    assert not stored(tmp_path)

@@ -16,6 +16,7 @@ from umedtrain.evaluation.statistics import (
     mean_interval,
     over_seeds,
     paired_bootstrap,
+    pearson,
     wilson_interval,
 )
 
@@ -151,3 +152,17 @@ def test_without_scipy_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy.stats", None)
     with pytest.raises(ModuleNotFoundError, match=r"umedtrain\[eval\]"):
         wilson_interval(1, 2)
+
+
+def test_pearson():
+    draw = np.random.default_rng(0)
+    first, second = draw.normal(size=(2, 30))
+    assert pearson(first, second) == pytest.approx(scipy.stats.pearsonr(first, second).statistic)
+    assert pearson([1, 2, 3], [5, 3, 1]) == pytest.approx(-1)
+    assert pearson([1, 1], [1, 2]) is None
+    assert pearson([1, 2], [1, 1]) is None
+    assert pearson([1], [2]) is None
+    with pytest.raises(ValueError, match="not of 2 and 1"):
+        pearson([1, 2], [1])
+    with pytest.raises(ValueError, match="at least one"):
+        pearson([], [])

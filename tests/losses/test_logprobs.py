@@ -2,6 +2,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from umedtrain.losses import token_logprobs
 
@@ -75,21 +77,36 @@ def test_no_targets_stay_connected_to_the_graph():
     assert torch.equal(weight.grad, torch.zeros(7, 3))
 
 
-def test_logits_of_all_rows_are_never_held(monkeypatch):
-    largest = 0
-    matmul = torch.Tensor.__matmul__
+class LargestStorage(TorchDispatchMode):
+    """Notes the elements of the largest storage that any operation writes to."""
 
-    def watch(a, b):
-        nonlocal largest
-        out = matmul(a, b)
-        largest = max(largest, out.numel())
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.itemsize)
         return out
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", watch)
+
+def test_logits_of_all_rows_are_never_held():
     hidden, weight = torch.randn(1000, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
-    token_logprobs(hidden, weight, torch.zeros(1000, dtype=torch.long), chunk_bytes=4 * 300 * 10).sum().backward()
-    # The largest product is then a chunk's logits or a gradient, never 1000 x 300.
-    assert largest == max(300 * 10, 1000 * 4 // 100, 300 * 4)
+    targets = torch.zeros(1000, dtype=torch.long)
+    for chunk, largest in ((20, 20 * 300), (10**6, 1000 * 300)):
+        with LargestStorage() as watch:
+            token_logprobs(hidden, weight, targets, chunk_bytes=4 * 300 * chunk).sum().backward()
+        assert watch.elements == largest
+
+
+@pytest.mark.parametrize("chunk_rows", [3, 8, 100])
+def test_a_second_backward_pass_gives_the_same_gradient(chunk_rows):
+    hidden, weight = torch.randn(8, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    logp = token_logprobs(hidden, weight, torch.arange(8) % 7, chunk_bytes=4 * 7 * chunk_rows)
+    loss = (logp * torch.arange(8)).sum()
+    first, second = (torch.autograd.grad(loss, (hidden, weight), retain_graph=True) for _ in range(2))
+    for before, after in zip(first, second, strict=True):
+        assert torch.equal(before, after)
 
 
 @pytest.mark.parametrize(

@@ -66,3 +66,19 @@ def test_dpo_refuses_settings_out_of_range(name, value):
 def test_bradley_terry_by_hand():
     loss = losses.bradley_terry(torch.tensor([1.0, -50.0]), torch.tensor([-1.0, 50.0]))
     assert loss.tolist() == pytest.approx([-math.log(sigmoid(2.0)), 100.0])
+
+
+def test_bradley_terry_with_margins_by_hand():
+    loss = losses.bradley_terry(
+        torch.tensor([1.0, 1.0]), torch.tensor([-1.0, -1.0]), margin_P=torch.tensor([0.5, -3.0])
+    )
+    assert loss.tolist() == pytest.approx([-math.log(sigmoid(1.5)), -math.log(sigmoid(5.0))])
+
+
+def test_centering_by_hand():
+    chosen = torch.tensor([1.0, -2.0, 3.0], dtype=torch.bfloat16, requires_grad=True)
+    loss = losses.centering(chosen, torch.tensor([-1.0, -3.0, 1.0], dtype=torch.bfloat16))
+    assert loss.dtype == torch.float32
+    assert loss.tolist() == [0.0, 25.0, 16.0]
+    loss.sum().backward()
+    assert chosen.grad.tolist() == [0.0, -10.0, 8.0]

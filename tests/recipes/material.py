@@ -1,11 +1,15 @@
 """A small tokenizer and small files of every kind that recipes read."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
+import umedtrain as ut
 from umedtrain.text.sentencepiece import train_sentencepiece
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +55,18 @@ def make_files(folder):
     texts = [turn["value"] for row in rows for turn in row["conversations"]]
     train_sentencepiece(texts, folder / "tokenizer.model", vocab_size=320)
     return folder
+
+
+def save_random_model(files, path, kind, *, scale=3):
+    """A checkpoint of a small model whose outputs differ from input to input."""
+    tokenizer = ut.load_tokenizer(files / "tokenizer.model")
+    model = kind(dataclasses.replace(ut.PRESETS["half-m"], vocab_size=tokenizer.vocab_size))
+    model.init_weights(seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= scale
+    ut.save_model(model, path, tokenizer=tokenizer)
+    return str(path)
 
 
 def torchrun(recipe, *arguments, timeout=60):

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from umedtrain.distributed.world import finalize, initialize
 from umedtrain.model.config import LlamaConfig
 from umedtrain.model.llama import Llama, initial_weight
 from umedtrain.sampling import Sampler, SamplingParams
@@ -20,16 +19,6 @@ from umedtrain.sampling.rollout import rollout
 CONFIG = LlamaConfig(67, 32, 48, 2, 4, 2, 8)
 PROMPTS = [[(7 * index + place) % 67 for place in range(1 + index % 5)] for index in range(17)]
 PARAMS = SamplingParams(max_tokens=16, temperature=1.0, n=2, seed=3)
-
-
-@pytest.fixture(scope="module")
-def world():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("MASTER_ADDR", raising=False)
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
-            patch.setenv(name, value)
-        yield initialize()
-        finalize()
 
 
 def roll(world, folder, **options):

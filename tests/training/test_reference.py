@@ -8,11 +8,11 @@ import torch
 
 from tests.ranks import run_ranks
 from tests.training.runs import dpo_loss, pairs, sharded
-from umedtrain.config import CheckpointConfig, LogConfig, OptimizerConfig
+from umedtrain.config import CheckpointConfig, LogConfig, OptimizerConfig, ParallelConfig
 from umedtrain.data.loader import Loader
 from umedtrain.model.llama import Llama
 from umedtrain.training.loop import train
-from umedtrain.training.reference import cached_reference, frozen_reference
+from umedtrain.training.reference import build_reference, cached_reference, frozen_reference
 from umedtrain.training.tasks import PreferenceTask
 from umedtrain.weights.fingerprint import weights_fingerprint
 
@@ -42,10 +42,15 @@ def train_with(world, folder, kind, epochs):
     loader = loader_of(world, epochs=epochs)
     model = sharded(Llama, world)
     # The model that fills the cache is the one that is trained then.
-    reference = (
-        cache(world, folder / "reference", loader, model)
-        if kind == "cache"
-        else frozen_reference(sharded(Llama, world), chunk_bytes=CHUNK)
+    reference = build_reference(
+        kind,
+        model,
+        loader,
+        folder / "reference",
+        world,
+        parallel=ParallelConfig(dtype="float32", logits_megabytes=1),
+        weights="seed 1",
+        progress=False,
     )
     train(
         model,

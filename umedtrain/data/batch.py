@@ -28,6 +28,7 @@ class Batch:
         better_P: int64, place among the layout's leaves of each pair's better answer.
         worse_P: int64, the same of its worse answer.
         weights_P: fp32, 1 / (pairs of the pair's example): an example's pairs count as one together.
+        margins_P: fp32, by how much the pair's better answer is better; 0 where nothing is known of it.
         numbers: which examples of its loader the batch holds; may be none.
         answers: how many childless segments each of them has.
         num_tokens: tokens of the examples; 0 in a batch without examples, whose one token is a filler.
@@ -41,6 +42,7 @@ class Batch:
     better_P: torch.Tensor
     worse_P: torch.Tensor
     weights_P: torch.Tensor
+    margins_P: torch.Tensor
     numbers: tuple[int, ...]
     answers: tuple[int, ...]
     num_tokens: int
@@ -77,6 +79,7 @@ class Batch:
             better_P=self.better_P.to(device),
             worse_P=self.worse_P.to(device),
             weights_P=self.weights_P.to(device),
+            margins_P=self.margins_P.to(device),
         )
 
 
@@ -111,7 +114,7 @@ def collate(examples: Sequence[Example], numbers: Sequence[int] | None = None) -
             start += len(segment.tokens)
             last_rows.append(start - 1)
     answers = [_num_answers(example) for example in examples]
-    better_P, worse_P, weights_P = _pairs(examples, answers)
+    better_P, worse_P, weights_P, margins_P = _pairs(examples, answers)
     return Batch(
         tokens_T=_int64(tokens or [np.zeros(1)]),
         layout=Layout.tree(segments or [(1, None)]),
@@ -121,6 +124,7 @@ def collate(examples: Sequence[Example], numbers: Sequence[int] | None = None) -
         better_P=better_P,
         worse_P=worse_P,
         weights_P=weights_P,
+        margins_P=margins_P,
         numbers=tuple(range(len(examples)) if numbers is None else numbers),
         answers=tuple(answers),
         num_tokens=start,
@@ -132,15 +136,17 @@ def _num_answers(example: Example) -> int:
     return sum(number not in parents for number in range(len(example.segments)))
 
 
-def _pairs(examples: Sequence[Example], answers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`better_P`, `worse_P` and `weights_P` of a batch of these examples."""
-    pairs, weights, first = [], [], 0
+def _pairs(examples: Sequence[Example], answers: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    """`better_P`, `worse_P`, `weights_P` and `margins_P` of a batch of these examples."""
+    pairs, weights, margins, first = [], [], [], 0
     for example, num_answers in zip(examples, answers, strict=True):
         pairs += [(first + better, first + worse) for better, worse in example.pairs]
         weights += [1 / len(example.pairs) for _ in example.pairs]
+        margins += [margin or 0.0 for margin in example.margins or [None] * len(example.pairs)]
         first += num_answers
     pairs_P2 = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2)
-    return pairs_P2[:, 0], pairs_P2[:, 1], torch.tensor(weights, dtype=torch.float32)
+    weights_P, margins_P = (torch.tensor(values, dtype=torch.float32) for values in (weights, margins))
+    return pairs_P2[:, 0], pairs_P2[:, 1], weights_P, margins_P
 
 
 def _int64(pieces: list[np.ndarray]) -> torch.Tensor:

@@ -6,6 +6,7 @@ with the prompt as parent, so that the prompt is computed once.
 Shape suffixes: L tokens of a segment.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from umedtrain.records import Conversation, Preference
+from umedtrain.records import Conversation, Messages, Preference
 from umedtrain.text.chat import render_chat
 from umedtrain.text.tokenizer import Tokenizer
 
@@ -51,6 +52,8 @@ class Example:
         line: of that file.
         full_tokens: tokens before the record was truncated; None if it was not.
         pairs: (better, worse) numbers of answers, the childless segments counted from 0.
+        margins: by how much the better answer of each pair is better, None where the record does not say; () where
+            nobody asked.
     """
 
     segments: tuple[Segment, ...]
@@ -58,6 +61,7 @@ class Example:
     line: int = 0
     full_tokens: int | None = None
     pairs: tuple[tuple[int, int], ...] = ()
+    margins: tuple[float | None, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -146,23 +150,20 @@ def encode_preference(
     max_tokens: int,
     template: str | None = None,
     trim: bool = True,
+    margins: bool = False,
 ) -> Example | Dropped:
     """Three segments: prompt, chosen answer, rejected answer; every token of the answers is learned.
 
     An answer ends with the token that ends its turn, so that a reward model reads it there. A pair that holds more
     than `max_tokens` tokens, the prompt counted once, is dropped whole: cutting an answer would change which is
     better, and cutting the prompt would change the question. So is a pair whose answers differ only in white space
-    that `trim` takes away. Arguments as for `encode_conversation`.
+    that `trim` takes away.
+
+    Arguments as for `encode_conversation`, and `margins`: keep `score_margin` as the pair's margin.
     """
-    options = {"template": _template(template), "trim": trim}
-    prompt = list(preference.prompt)
-    prompt_ids, _ = render_chat(prompt, tokenizer, add_generation_prompt=True, **options)
-    answers = []
-    for text in (preference.chosen, preference.rejected):
-        ids, mask = render_chat([*prompt, {"role": "assistant", "content": text}], tokenizer, **options)
-        assert ids[: len(prompt_ids)] == prompt_ids, "a prompt's ids must not depend on its answer"
-        # A template may put a line break after the turn's end, which the model never writes.
-        answers.append(ids[len(prompt_ids) : _last_learned(mask) + 1])
+    prompt_ids, answers = encode_answers(
+        preference.prompt, (preference.chosen, preference.rejected), tokenizer, template=template, trim=trim
+    )
     if len(prompt_ids) + sum(map(len, answers)) > max_tokens:
         return Dropped(f"pair longer than {max_tokens} tokens", preference.source, preference.line)
     if answers[0] == answers[1]:
@@ -171,7 +172,48 @@ def encode_preference(
         _whole_segment(prompt_ids, learned=False, parent=None),
         *(_whole_segment(ids, learned=True, parent=0) for ids in answers),
     )
-    return Example(segments, preference.source, preference.line, pairs=((0, 1),))
+    return Example(
+        segments,
+        preference.source,
+        preference.line,
+        pairs=((0, 1),),
+        margins=(score_margin(preference),) if margins else (),
+    )
+
+
+def score_margin(preference: Preference) -> float | None:
+    """metadata.chosen.score - metadata.rejected.score, or None unless both are finite numbers."""
+    scores = []
+    for side in ("chosen", "rejected"):
+        notes = preference.metadata.get(side)
+        score = notes.get("score") if isinstance(notes, dict) else None
+        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+            return None
+        scores.append(float(score))
+    return scores[0] - scores[1]
+
+
+def encode_answers(
+    prompt: Messages,
+    answers: Sequence[str],
+    tokenizer: Tokenizer,
+    *,
+    template: str | None = None,
+    trim: bool = True,
+) -> tuple[list[int], list[list[int]]]:
+    """Ids of a prompt up to where an answer begins, and of each answer, which ends with the token that ends its turn.
+
+    Arguments as for `encode_conversation`.
+    """
+    options = {"template": _template(template), "trim": trim}
+    prompt_ids, _ = render_chat(list(prompt), tokenizer, add_generation_prompt=True, **options)
+    encoded = []
+    for text in answers:
+        ids, mask = render_chat([*prompt, {"role": "assistant", "content": text}], tokenizer, **options)
+        assert ids[: len(prompt_ids)] == prompt_ids, "a prompt's ids must not depend on its answer"
+        # A template may put a line break after the turn's end, which the model never writes.
+        encoded.append(ids[len(prompt_ids) : _last_learned(mask) + 1])
+    return prompt_ids, encoded
 
 
 def encode_all(

@@ -135,7 +135,7 @@ class Loader:
 
 
 def _content_digest(examples_by_source: Sequence[Sequence[Example]]) -> str:
-    """SHA-256 over tokens, masks, structure and pairs of all examples in order, wherever they were read from."""
+    """SHA-256 over tokens, masks, structure, pairs and margins of all examples in order, wherever read from."""
     digest = hashlib.sha256()
     for examples in examples_by_source:
         digest.update(np.int64(len(examples)).tobytes())
@@ -147,4 +147,6 @@ def _content_digest(examples_by_source: Sequence[Sequence[Example]]) -> str:
             for segment in example.segments:
                 digest.update(segment.tokens.astype("<i4", copy=False).tobytes())
                 digest.update(segment.loss_mask.tobytes())
+            if example.margins:
+                digest.update(repr(example.margins).encode())
     return digest.hexdigest()

@@ -10,8 +10,9 @@ def merge_pairs(examples: Sequence[Example], *, max_tokens: int) -> list[Example
 
     What a reward model learns from K answers of a prompt it then learns in one step (Ouyang et al. 2022,
     arXiv 2203.02155, section 3.5: pairs of one prompt that are shuffled apart make it overfit), and it computes each
-    answer once however many pairs it stands in. Equal pairs count once. Where a prompt's answers do not fit into
-    `max_tokens` together, its pairs are shared out, in order, over as many examples as that takes.
+    answer once however many pairs it stands in. Equal pairs count once, with the first margin that is known. Where a
+    prompt's answers do not fit into `max_tokens` together, its pairs are shared out, in order, over as many examples as
+    that takes.
 
     Args:
         examples: of `encode_preference`: prompt, chosen, rejected.
@@ -30,7 +31,7 @@ def _merge(group: Sequence[Example], max_tokens: int) -> Iterator[Example]:
     """One prompt's pairs, in as few examples as first-come-first-served gives."""
     prompt = group[0].segments[0]
     answers: dict[bytes, tuple[int, Segment]] = {}
-    pairs: dict[tuple[int, int], None] = {}
+    pairs: dict[tuple[int, int], float | None] = {}
     first, size = group[0], len(prompt.tokens)
     for example in group:
         new = {segment.tokens.tobytes(): segment for segment in example.segments[1:]}
@@ -40,7 +41,8 @@ def _merge(group: Sequence[Example], max_tokens: int) -> Iterator[Example]:
             answers, pairs, first, size = {}, {}, example, len(prompt.tokens)
             growth = sum(len(segment.tokens) for segment in new.values())
         places = tuple(answers.setdefault(key, (len(answers), segment))[0] for key, segment in new.items())
-        pairs[places] = None
+        if pairs.get(places) is None:
+            pairs[places] = example.margins[0] if example.margins else None
         size += growth
     yield _tree(prompt, answers, pairs, first)
 
@@ -48,8 +50,9 @@ def _merge(group: Sequence[Example], max_tokens: int) -> Iterator[Example]:
 def _tree(
     prompt: Segment,
     answers: dict[bytes, tuple[int, Segment]],
-    pairs: dict[tuple[int, int], None],
+    pairs: dict[tuple[int, int], float | None],
     first: Example,
 ) -> Example:
     segments = (prompt, *(segment for _, segment in answers.values()))
-    return Example(segments, first.source, first.line, pairs=tuple(pairs))
+    margins = tuple(pairs.values()) if first.margins else ()
+    return Example(segments, first.source, first.line, pairs=tuple(pairs), margins=margins)

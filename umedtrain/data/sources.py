@@ -24,8 +24,7 @@ def load_sources(
         RecordError: for a file that cannot be read or a malformed row.
         ValueError: without files, or for a file none of whose records can be used.
     """
-    if not files:
-        raise ValueError("data.files is empty; name at least one file of records")
+    check_files(files)
     sources: list[list[Example]] = []
     drops = Drops()
     for path in files:
@@ -33,3 +32,9 @@ def load_sources(
         sources.append(examples)
         drops.rows.extend(dropped.rows)
     return sources, drops
+
+
+def check_files(files: Sequence[str]) -> None:
+    """Refuse a config without data."""
+    if not files:
+        raise ValueError("data.files is empty; name at least one file of records")

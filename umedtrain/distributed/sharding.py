@@ -27,6 +27,9 @@ def shard_model(
     unit (embedding, last norm, output projection) stays gathered between forward and backward, so that
     `token_logprobs` can use `lm_head_weight` for all of its chunks without gathering it again.
 
+    A single rank that computes in fp32 has nothing to gather, cast or sum: its model stays as it is, for FSDP would
+    keep a second copy of the weights that it uses.
+
     Args:
         mesh: with dimensions (replicate, shard), from `World.mesh`.
         dtype: of forward and backward.
@@ -34,10 +37,13 @@ def shard_model(
     """
     backbone = model.model if isinstance(model, RewardModel) else model
     assert isinstance(backbone, Llama)
+    if activation_checkpointing:
+        for layer in backbone.layers:
+            checkpoint_layer(layer)
+    if mesh.size() == 1 and dtype == torch.float32:
+        return
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for layer in backbone.layers:
-        if activation_checkpointing:
-            checkpoint_layer(layer)
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     if isinstance(model, RewardModel):
         # The head must see fp32 weights, so it is a unit of its own.
@@ -94,6 +100,16 @@ def local_shard(full: torch.Tensor, parameter: DTensor) -> torch.Tensor:
     return full
 
 
+def copy_sharded(model: Llama | RewardModel, mesh: DeviceMesh, *, dtype: torch.dtype) -> Llama | RewardModel:
+    """Another model with the weights that a sharded model has now, sharded over the same mesh."""
+    with torch.device("meta"):
+        copy = type(model)(model.config)
+    shard_model(copy, mesh, dtype=dtype)
+    copy.to_empty(device=next(model.parameters()).device)
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
 @torch.no_grad()
 def full_tensors(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter's name and whole value on the CPU, one at a time. Collective: all ranks must iterate."""
@@ -107,7 +123,7 @@ def gather_model(model: Llama | RewardModel, device: torch.device, *, dtype: tor
     """A whole, unsharded copy of a sharded model on every rank, for sampling and scoring.
 
     Takes one copy of the model in `dtype` per rank. Collective: all ranks must call it. The copy does not follow
-    later updates of the sharded model.
+    later updates of the sharded model. It has the model's `eos_ids`, if there are any.
     """
     with torch.device("meta"):
         copy = type(model)(model.config)
@@ -118,4 +134,5 @@ def gather_model(model: Llama | RewardModel, device: torch.device, *, dtype: tor
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         targets[name].copy_(full)
+    copy.eos_ids = getattr(model, "eos_ids", ())
     return copy.requires_grad_(False).eval()

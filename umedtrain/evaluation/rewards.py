@@ -1,9 +1,12 @@
 """How well rewards agree with preferences, and how much of that is answer length."""
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
+
+from umedtrain.evaluation.statistics import pearson
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,53 @@ class LengthBias:
 
 
 @dataclass(frozen=True)
+class RewardSummary:
+    """Rewards of many answers together.
+
+    Attributes:
+        count: answers.
+        mean, std: of their rewards; std of these answers, not an estimate for others.
+        length_correlation: Pearson's, of reward and length over all answers; None where either does not vary.
+            `spearman_within` is without what differs from prompt to prompt.
+    """
+
+    count: int
+    mean: float
+    std: float
+    length_correlation: float | None
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Pairs of about the same confidence; `confidence` is their mean confidence."""
+
+    n: int
+    confidence: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Whether a reward model is as sure as it is right.
+
+    The model says that of two answers the one with the larger reward is the better one with probability
+    sigmoid(|margin|), its confidence.
+
+    Attributes:
+        probability: mean of sigmoid(margin), the probability that it gives to the right order.
+        confidence: mean confidence; where it exceeds the accuracy, the model is too sure.
+        expected_error: expected calibration error, the mean over bins of |accuracy - confidence|, weighted by their
+            pairs (Guo et al. 2017, arXiv 1706.04599, eq. 3).
+        bins: of equal width from 0.5 to 1, in order, those that hold any pair.
+    """
+
+    probability: float
+    confidence: float
+    expected_error: float
+    bins: tuple[Bin, ...]
+
+
+@dataclass(frozen=True)
 class RewardScores:
     """A reward model's agreement with preference pairs.
 
@@ -67,6 +117,8 @@ class RewardScores:
         groups: accuracy of each group.
         group_mean: the plain mean over groups, as Medical RewardBench averages.
         mean_margin, median_margin: of reward(chosen) - reward(rejected).
+        chosen, rejected: rewards of either side and their correlation with length.
+        calibration: see `Calibration`.
         length: see `LengthBias`.
     """
 
@@ -76,7 +128,20 @@ class RewardScores:
     group_mean: float
     mean_margin: float
     median_margin: float
+    chosen: RewardSummary
+    rejected: RewardSummary
+    calibration: Calibration
     length: LengthBias
+
+
+def summarize_rewards(rewards: Sequence[float], lengths: Sequence[int]) -> RewardSummary:
+    """What `RewardSummary` says of answers with these rewards and lengths in tokens.
+
+    Raises:
+        ValueError: without any answer, or for another number of lengths.
+    """
+    correlation = pearson(rewards, lengths)
+    return RewardSummary(len(rewards), _mean(rewards), statistics.pstdev(rewards), correlation)
 
 
 def score_rewards(pairs: Sequence[ScoredPair]) -> RewardScores:
@@ -98,7 +163,34 @@ def score_rewards(pairs: Sequence[ScoredPair]) -> RewardScores:
         group_mean=_mean([stratum.accuracy for stratum in groups.values()]),
         mean_margin=_mean(margins),
         median_margin=margins[middle] if len(margins) % 2 else (margins[middle - 1] + margins[middle]) / 2,
+        chosen=summarize_rewards([pair.chosen for pair in pairs], [pair.chosen_length for pair in pairs]),
+        rejected=summarize_rewards([pair.rejected for pair in pairs], [pair.rejected_length for pair in pairs]),
+        calibration=calibration(pairs),
         length=length_bias(pairs),
+    )
+
+
+def calibration(pairs: Sequence[ScoredPair], *, bins: int = 10) -> Calibration:
+    """What `Calibration` says of these pairs.
+
+    Raises:
+        ValueError: without any pair or bin.
+    """
+    if not pairs or bins < 1:
+        raise ValueError(f"calibration needs at least one pair and one bin, not {len(pairs)} and {bins}")
+    groups: dict[int, list[tuple[float, float]]] = {}
+    for pair in pairs:
+        sure = _sigmoid(abs(pair.chosen - pair.rejected))
+        groups.setdefault(min(int(2 * bins * (sure - 0.5)), bins - 1), []).append((sure, pairwise_score(pair)))
+    filled = []
+    for _, group in sorted(groups.items()):
+        confidences, scores = zip(*group, strict=True)
+        filled.append(Bin(len(group), _mean(confidences), _mean(scores)))
+    return Calibration(
+        probability=_mean([_sigmoid(pair.chosen - pair.rejected) for pair in pairs]),
+        confidence=_mean([sure for group in groups.values() for sure, _ in group]),
+        expected_error=math.fsum(part.n * abs(part.accuracy - part.confidence) for part in filled) / len(pairs),
+        bins=tuple(filled),
     )
 
 
@@ -172,6 +264,11 @@ def _stratum(pairs: Sequence[ScoredPair], belongs: Callable[[ScoredPair], bool])
 
 def _groups(pairs: Sequence[ScoredPair]) -> list[str]:
     return list(dict.fromkeys(pair.group for pair in pairs))
+
+
+def _sigmoid(value: float) -> float:
+    # exp of a large number would overflow.
+    return 1 / (1 + math.exp(-value)) if value >= 0 else 1 - 1 / (1 + math.exp(value))
 
 
 def _preference(chosen: float, rejected: float) -> float:

@@ -1,13 +1,42 @@
 """Rewards of answers by a reward model: each prompt is computed once for all of its answers."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from umedtrain.distributed.part_files import PartFiles
+from umedtrain.distributed.world import World
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.layout import Layout
+from umedtrain.weights import load_model, open_checkpoint
 
 Ids = Sequence[int]
+
+
+def check_reward_model(path: str) -> None:
+    """Refuse what is no checkpoint of a reward model, without reading its weights.
+
+    Raises:
+        ValueError: which begins with the name of the setting.
+    """
+    if not path:
+        raise ValueError("reward_model is empty; name the checkpoint directory of a reward model")
+    if not open_checkpoint(path).is_reward_model:
+        raise ValueError(f"reward_model: {path} is a language model, not a reward model")
+
+
+def load_reward_model(path: str, *, dtype: torch.dtype, device: torch.device) -> RewardModel:
+    """The whole reward model; raises as `check_reward_model`."""
+    check_reward_model(path)
+    model = load_model(path, dtype=dtype, device=device)
+    assert isinstance(model, RewardModel)
+    return model
 
 
 @torch.inference_mode()
@@ -48,6 +77,80 @@ def score_answers(
     if pending:
         _score(model, prompts, pending, rewards)
     return [[rewards[index, tuple(answer)] for answer in group] for index, group in enumerate(answers)]
+
+
+def score_rows(
+    model: RewardModel, prompts: Sequence[Ids], rows: Sequence[Mapping[str, Any]], world: World
+) -> list[list[float]]:
+    """The reward of every answer of a rollout's rows, on every rank. Collective: each rank scores its share.
+
+    Args:
+        prompts: the token ids that were answered.
+        rows: {"answers": [{"tokens"}]}, whose ids are scored as they are.
+    """
+    mine = range(world.rank, len(prompts), world.size)
+    answers = [[answer["tokens"] for answer in rows[index]["answers"]] for index in mine]
+    scored = zip(mine, score_answers(model, [prompts[index] for index in mine], answers), strict=True)
+    return [rewards for _, rewards in sorted(item for part in world.gather(list(scored)) for item in part)]
+
+
+def cached_rewards(
+    model: RewardModel,
+    prompts: Sequence[Ids],
+    answers: Sequence[Sequence[Ids]],
+    folder: Path,
+    world: World,
+    *,
+    weights: str,
+    max_tokens: int = 16_384,
+    block: int = 32,
+    progress: bool = True,
+) -> list[list[float]]:
+    """As `score_answers`, over all ranks and kept in files: what is there is not computed again. Collective.
+
+    Prompts are computed in blocks, always the same ones, so that an interrupted run ends with the same rewards as an
+    undisturbed one to the last bit, on any number of ranks.
+
+    Args:
+        model: a plain reward model, the same on every rank.
+        prompts, answers, max_tokens: see `score_answers`.
+        folder: on a file system that all ranks share. Its rows are {"index", "rewards"}.
+        weights: fingerprint of the reward model's weights.
+        block: prompts in a block.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: as `score_answers`, and when the folder holds rewards of other answers or of another model.
+        FloatingPointError: for a reward that is not finite.
+    """
+    digest = hashlib.sha256()
+    for prompt, group in zip(prompts, answers, strict=True):
+        digest.update(json.dumps([list(prompt), [list(answer) for answer in group]]).encode())
+    identity = {
+        "answers": digest.hexdigest(),
+        "weights": weights,
+        "dtype": str(next(model.parameters()).dtype),
+        "max_tokens": max_tokens,
+        "block": block,
+    }
+    parts = PartFiles(folder, identity, world, name="reward cache")
+    done = {row["index"] for row in parts.rows()}
+    blocks = [range(start, min(start + block, len(prompts))) for start in range(0, len(prompts), block)]
+    mine = [indices for indices in blocks if not done.issuperset(indices)][world.rank :: world.size]
+    hidden = not (progress and world.is_main)
+    with parts.append() as append:
+        for indices in tqdm(mine, desc="rewards", unit="block", disable=hidden, leave=False):
+            rewards = score_answers(
+                model, [prompts[i] for i in indices], [answers[i] for i in indices], max_tokens=max_tokens
+            )
+            rows = [{"index": i, "rewards": values} for i, values in zip(indices, rewards, strict=True)]
+            for row in rows:
+                if not all(map(math.isfinite, row["rewards"])):
+                    raise FloatingPointError(f"prompt {row['index']}: a reward is not finite: {row['rewards']}")
+            append([row for row in rows if row["index"] not in done])
+    rows = parts.rows()
+    assert [row["index"] for row in rows] == list(range(len(prompts)))
+    return [row["rewards"] for row in rows]
 
 
 def _score(

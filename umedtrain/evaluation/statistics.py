@@ -126,6 +126,15 @@ def paired_bootstrap(
     return Comparison(float(differences.mean()), float(low), float(high), p_value, n)
 
 
+def pearson(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Pearson's correlation of numbers paired by item; None where either side is the same for all items."""
+    _differences(first, second)
+    x, y = _array(first, "first"), _array(second, "second")
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
+
+
 def majority_class(answers: Iterable[Hashable]) -> tuple[Hashable, float]:
     """The most frequent right answer (of several the first seen) and the score of always giving it."""
     counts: dict[Hashable, int] = {}

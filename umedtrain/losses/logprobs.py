@@ -19,14 +19,15 @@ def token_logprobs(
     """log softmax(hidden @ weight.T)[target] for every row, fp32 [N]; 0 where the target is -100.
 
     Rows without a target are never projected. The others go through in chunks whose fp32 logits take at most
-    `chunk_bytes`; the backward pass makes each chunk's logits again. The softmax is fp32, and so is the sum of the
-    weight's gradient over chunks, which is rounded to the weight's dtype once.
+    `chunk_bytes`, all in one buffer. What the buffer holds of the last chunk stays there for the backward pass, so
+    rows that fit into one chunk are projected once; the logits of earlier chunks are made again. The softmax is fp32,
+    and so is the sum of the weight's gradient over chunks, which is rounded to the weight's dtype once.
 
     Args:
         hidden_ND: hidden states after the final norm, any floating dtype.
         lm_head_weight_VD: output projection, same dtype as `hidden_ND`.
         targets_N: int64 token ids, or -100 for none.
-        chunk_bytes: bound on the bytes of one chunk's fp32 logits.
+        chunk_bytes: bound on the bytes of the buffer.
 
     Raises:
         ValueError: for shapes that do not fit each other, or a target outside the vocabulary.
@@ -55,32 +56,64 @@ def token_logprobs(
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
-    """Rows all have targets here. d logp / d logits = onehot(target) - softmax(logits)."""
+    """Rows all have targets here. d logp / d logits = onehot(target) - softmax(logits).
+
+    Works in place: on a CPU, fresh memory for another [M, V] costs more than the arithmetic on it.
+    """
 
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, chunk_rows):
-        logp_N = torch.empty(len(targets_N), dtype=torch.float32, device=hidden_ND.device)
-        logsumexp_N = torch.empty_like(logp_N)
-        for start in range(0, len(targets_N), chunk_rows):
-            chunk = slice(start, start + chunk_rows)
-            logits_MV = (hidden_ND[chunk] @ weight_VD.T).float()
-            logsumexp_N[chunk] = logits_MV.logsumexp(-1)
-            logp_N[chunk] = logits_MV.gather(-1, targets_N[chunk, None])[:, 0] - logsumexp_N[chunk]
-        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, logsumexp_N)
-        ctx.chunk_rows = chunk_rows
-        return logp_N
+        num_rows = len(targets_N)
+        logits_MV = _buffer(min(num_rows, chunk_rows), weight_VD)
+        # softmax = exp(logits - peak) / total
+        picked_N, peak_N, total_N = hidden_ND.new_empty(3, num_rows, dtype=torch.float32)
+        for chunk in _chunks(num_rows, chunk_rows):
+            exps_MV = _project(hidden_ND[chunk], weight_VD, logits_MV)
+            picked_N[chunk] = exps_MV.gather(-1, targets_N[chunk, None])[:, 0]
+            peak_N[chunk] = exps_MV.amax(-1)
+            exps_MV.sub_(peak_N[chunk, None]).exp_()
+            total_N[chunk] = exps_MV.sum(-1)
+        ctx.save_for_backward(hidden_ND, weight_VD, targets_N, peak_N, total_N)
+        ctx.chunk_rows, ctx.last_chunk = chunk_rows, logits_MV
+        return picked_N - peak_N - total_N.log()
 
     @staticmethod
     def backward(ctx, grad_N):
-        hidden_ND, weight_VD, targets_N, logsumexp_N = ctx.saved_tensors
+        hidden_ND, weight_VD, targets_N, peak_N, total_N = ctx.saved_tensors
         grad_hidden_ND = torch.empty_like(hidden_ND)
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        for start in range(0, len(targets_N), ctx.chunk_rows):
-            chunk = slice(start, start + ctx.chunk_rows)
-            logits_MV = (hidden_ND[chunk] @ weight_VD.T).float()
-            grad_MV = (logits_MV - logsumexp_N[chunk, None]).exp_().mul_(-grad_N[chunk, None])
+        logits_MV, ctx.last_chunk = ctx.last_chunk, None
+        kept = logits_MV is not None  # False in a second backward pass
+        if not kept:
+            logits_MV = _buffer(min(len(targets_N), ctx.chunk_rows), weight_VD)
+        for chunk in reversed(_chunks(len(targets_N), ctx.chunk_rows)):
+            if kept:
+                exps_MV = logits_MV[: chunk.stop - chunk.start]
+            else:
+                exps_MV = _project(hidden_ND[chunk], weight_VD, logits_MV).sub_(peak_N[chunk, None]).exp_()
+            kept = False
+            grad_MV = exps_MV.mul_((-grad_N[chunk] / total_N[chunk])[:, None])
             grad_MV.scatter_add_(-1, targets_N[chunk, None], grad_N[chunk, None])
             grad_MV = grad_MV.to(weight_VD.dtype)
-            grad_hidden_ND[chunk] = grad_MV @ weight_VD
-            grad_weight_VD += grad_MV.T @ hidden_ND[chunk]
+            torch.mm(grad_MV, weight_VD, out=grad_hidden_ND[chunk])
+            if weight_VD.dtype == torch.float32:
+                grad_weight_VD.addmm_(grad_MV.T, hidden_ND[chunk])
+            else:
+                grad_weight_VD += grad_MV.T @ hidden_ND[chunk]
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
+
+
+def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
+    return [slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows)]
+
+
+def _buffer(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
+    return weight_VD.new_empty(num_rows, len(weight_VD), dtype=torch.float32)
+
+
+def _project(hidden_MD: torch.Tensor, weight_VD: torch.Tensor, buffer: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [M, V] in the first rows of the buffer; their product is rounded to the weight's dtype."""
+    logits_MV = buffer[: len(hidden_MD)]
+    if weight_VD.dtype == torch.float32:
+        return torch.mm(hidden_MD, weight_VD.T, out=logits_MV)
+    return logits_MV.copy_(hidden_MD @ weight_VD.T)

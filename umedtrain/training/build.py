@@ -17,6 +17,7 @@ from umedtrain.model.heads import RewardModel
 from umedtrain.model.llama import Llama, initial_weight
 from umedtrain.text.tokenizer import Tokenizer, load_tokenizer
 from umedtrain.weights import open_checkpoint, save_stream
+from umedtrain.weights.fingerprint import weights_fingerprint
 
 Model = TypeVar("Model", Llama, RewardModel)
 
@@ -55,7 +56,8 @@ def build_model(
     """A sharded Llama or RewardModel: weights of `config.path`, or fresh ones of `config.preset`.
 
     A reward model may start from a language model; its head is then fresh. Every rank reads only its own rows of a
-    checkpoint, and a fresh tensor depends on the seed and its name only, not on the number of ranks.
+    checkpoint, and a fresh tensor depends on the seed and its name only, not on the number of ranks. `eos_ids` are
+    those of the checkpoint.
 
     Raises:
         ValueError: for an unknown preset, a checkpoint that does not fit, or a tokenizer that does not fit the model.
@@ -79,7 +81,13 @@ def build_model(
         return checkpoint.tensor(name.removeprefix("model.") if in_backbone else name)
 
     fill_model(model, tensor, world.device)
+    model.eos_ids = checkpoint.eos_ids if checkpoint else ()
     return model
+
+
+def name_weights(config: ModelConfig, *, seed: int) -> str:
+    """What `build_model` starts from, in short; caches of what it computed are kept apart by this."""
+    return weights_fingerprint(config.path) if config.path else f"{config.preset}, seed {seed}"
 
 
 def preset_shape(preset: str, vocab_size: int) -> LlamaConfig:

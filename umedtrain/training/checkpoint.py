@@ -15,7 +15,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 
 from umedtrain.distributed.world import World
 
@@ -101,6 +106,26 @@ class Checkpoints:
         # Another number of ranks than the one that saved: the others start with fresh random states.
         rng = {key: value for key, value in self._rng_state().items() if key in saved}
         state |= rng
+        self._read(path, state)
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for key in rng:
+            _set_rng(key, state[key])
+        return state["progress"]
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Load the newest checkpoint's weights alone, as they were at the end of a run. Collective.
+
+        Raises:
+            ValueError: without a checkpoint, or for one of another model.
+        """
+        path = self.latest()
+        if path is None:
+            raise ValueError(f"{self.directory} holds no checkpoint, though the run was finished; make the run again")
+        state = {"model": get_model_state_dict(model)}
+        self._read(path, state)
+        set_model_state_dict(model, state["model"])
+
+    def _read(self, path: Path, state: dict[str, Any]) -> None:
         try:
             dcp.load(state, checkpoint_id=path)
         except _STORAGE_ERRORS as error:
@@ -108,10 +133,6 @@ class Checkpoints:
                 f"{path}: checkpoint does not load into this model ({_root_cause(error)}); "
                 "start with the config that wrote it, or in another run folder"
             ) from error
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        for key in rng:
-            _set_rng(key, state[key])
-        return state["progress"]
 
     def _rng_state(self) -> dict[str, torch.Tensor]:
         # A key of its own per rank, or DCP would keep only one rank's.

@@ -115,10 +115,11 @@ def train_step(
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    means = [total / max(count, 1.0) for total in world.sum([float(value) for value in sums.values()])]
+    totals = world.sum([float(value) for value in sums.values()])
+    means = {name: total / max(count, 1.0) for name, total in zip(sums, totals, strict=True)}
     seconds = time.perf_counter() - started
     return {
-        **dict(zip(sums, means, strict=True)),
+        **task.report(means),
         "lr": lr,
         "grad_norm": grad_norm,
         task.unit: count,

@@ -5,15 +5,17 @@ Shape suffix: A answers, the childless segments of a batch in order.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from umedtrain.config import ParallelConfig
 from umedtrain.data.batch import Batch
 from umedtrain.data.loader import Loader
 from umedtrain.distributed.part_files import PartFiles
-from umedtrain.distributed.sharding import reshard
+from umedtrain.distributed.sharding import copy_sharded, reshard
 from umedtrain.distributed.world import World
 from umedtrain.training.tasks import Reference, answer_logprobs
 
@@ -27,6 +29,39 @@ def frozen_reference(model: nn.Module, *, chunk_bytes: int) -> Reference:
         return answer_logprobs(model, batch, chunk_bytes=chunk_bytes)
 
     return logprobs
+
+
+def build_reference(
+    kind: Literal["cache", "model", "none"],
+    model: nn.Module,
+    loader: Loader,
+    folder: Path,
+    world: World,
+    *,
+    parallel: ParallelConfig,
+    weights: str,
+    progress: bool = True,
+) -> Reference | None:
+    """What a sharded model, as it is now, says of the answers: kept in `folder`, by a copy in memory, or nothing.
+
+    Arguments and errors as for `cached_reference`.
+    """
+    chunk_bytes = parallel.logits_megabytes * 2**20
+    if kind == "none":
+        return None
+    if kind == "model":
+        copy = copy_sharded(model, world.mesh(parallel.shard), dtype=getattr(torch, parallel.dtype))
+        return frozen_reference(copy, chunk_bytes=chunk_bytes)
+    return cached_reference(
+        model,
+        loader,
+        folder,
+        world,
+        weights=weights,
+        dtype=parallel.dtype,
+        chunk_bytes=chunk_bytes,
+        progress=progress,
+    )
 
 
 def cached_reference(

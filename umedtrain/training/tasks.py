@@ -22,6 +22,7 @@ PairLoss = Callable[[Pair, Pair | None, Pair], torch.Tensor]
 """From policy log-probabilities, reference log-probabilities and lengths in tokens to a loss per pair, fp32 [P]."""
 Sums = dict[str, torch.Tensor]
 """Metrics as sums over a batch; the loop divides them by the global count."""
+Means = dict[str, float]
 
 
 class Task(Protocol):
@@ -35,6 +36,10 @@ class Task(Protocol):
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
         """Loss summed over the batch, connected to every parameter, and metrics as sums."""
+        ...
+
+    def report(self, means: Means) -> Means:
+        """What is logged of a step: `means` are the sums over the whole step, divided by the global count."""
         ...
 
 
@@ -69,6 +74,9 @@ class SFTTask:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
         return losses.sft(batch_logprobs(model, batch, chunk_bytes=self.chunk_bytes)), {}
+
+    def report(self, means: Means) -> Means:
+        return means
 
 
 @dataclass(frozen=True)
@@ -122,14 +130,28 @@ class PreferenceTask:
             "logp_rejected": rejected_P.detach().sum(),
         }
 
+    def report(self, means: Means) -> Means:
+        return means
+
 
 @dataclass(frozen=True)
 class RewardTask:
     """Bradley-Terry reward modelling; the pairs of one prompt count as one together.
 
     Prompts with many answers thus do not outweigh those with few (Ouyang et al. 2022, arXiv 2203.02155, eq. 1).
+
+    Logged, over all pairs with these weights: `margin`, the reward of the chosen answer less that of the rejected one;
+    `probability`, the mean of sigmoid(margin); `confidence`, the mean of sigmoid(|margin|), which is the `accuracy`
+    that the model expects of itself; mean and standard deviation of both sides' rewards; `length_correlation`,
+    Pearson's of an answer's reward and its tokens, left out where either is the same for all.
+
+    Attributes:
+        margin_scale: the loss asks for a margin of that many times `Batch.margins_P`; see `losses.bradley_terry`.
+        center: weight of `losses.centering`.
     """
 
+    margin_scale: float = 0.0
+    center: float = 0.0
     unit: str = "prompts"
 
     def count(self, batch: Batch) -> int:
@@ -137,16 +159,51 @@ class RewardTask:
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
         rewards = model(batch.tokens_T, batch.layout)
-        better_P, worse_P, weights_P = rewards[batch.better_P], rewards[batch.worse_P], batch.weights_P
+        better_P, worse_P = rewards[batch.better_P], rewards[batch.worse_P]
+        preference_P = losses.bradley_terry(better_P, worse_P, margin_P=self.margin_scale * batch.margins_P)
+        loss_P = preference_P + self.center * losses.centering(better_P, worse_P)
         # A batch without examples holds one filler token, whose reward keeps the graph connected.
-        loss = (weights_P * losses.bradley_terry(better_P, worse_P)).sum() + 0.0 * rewards.sum()
-        better_P, worse_P = better_P.detach(), worse_P.detach()
-        return loss, {
-            "accuracy": (weights_P * _ranked_rightly(better_P, worse_P)).sum(),
-            "margin": (weights_P * (better_P - worse_P)).sum(),
-            "reward_chosen": (weights_P * better_P).sum(),
-            "reward_rejected": (weights_P * worse_P).sum(),
+        loss = (batch.weights_P * loss_P).sum() + 0.0 * rewards.sum()
+        # In float64, for `report` subtracts the square of a mean from the mean of a square.
+        better_P, worse_P = better_P.detach().double(), worse_P.detach().double()
+        lengths_A = answer_lengths(batch).double()
+        better_length_P, worse_length_P = lengths_A[batch.better_P], lengths_A[batch.worse_P]
+        values = {
+            "preference_loss": preference_P.detach(),
+            "accuracy": _ranked_rightly(better_P, worse_P),
+            "margin": better_P - worse_P,
+            "probability": (better_P - worse_P).sigmoid(),
+            "confidence": (better_P - worse_P).abs().sigmoid(),
+            "reward_chosen": better_P,
+            "reward_rejected": worse_P,
+            "_one": torch.ones_like(better_P),
+            "_chosen^2": better_P.square(),
+            "_rejected^2": worse_P.square(),
+            "_length": (better_length_P + worse_length_P) / 2,
+            "_length^2": (better_length_P.square() + worse_length_P.square()) / 2,
+            "_reward*length": (better_P * better_length_P + worse_P * worse_length_P) / 2,
         }
+        return loss, {name: (batch.weights_P * value_P).sum() for name, value_P in values.items()}
+
+    def report(self, means: Means) -> Means:
+        # An example's weights, being fp32, do not quite add up to one.
+        exact = {name: value / (means["_one"] or 1.0) for name, value in means.items()}
+        chosen, rejected, length = exact["reward_chosen"], exact["reward_rejected"], exact["_length"]
+        reward = (chosen + rejected) / 2
+        shown = {name: value for name, value in means.items() if not name.startswith("_")}
+        shown["reward_chosen_std"] = _variance(exact["_chosen^2"], chosen) ** 0.5
+        shown["reward_rejected_std"] = _variance(exact["_rejected^2"], rejected) ** 0.5
+        variances = _variance((exact["_chosen^2"] + exact["_rejected^2"]) / 2, reward)
+        variances *= _variance(exact["_length^2"], length)
+        if variances:
+            shown["length_correlation"] = (exact["_reward*length"] - reward * length) / variances**0.5
+        return shown
+
+
+def _variance(mean_of_square: float, mean: float) -> float:
+    """0 where nothing but rounding is left of it."""
+    variance = mean_of_square - mean * mean
+    return variance if variance > 1e-12 * mean_of_square else 0.0
 
 
 def _ranked_rightly(better_P: torch.Tensor, worse_P: torch.Tensor) -> torch.Tensor:
