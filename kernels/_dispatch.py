@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+
 from umedtrain.kernels._triton import HAS_TRITON, triton
 
 Impl = Literal["auto", "triton", "torch"]

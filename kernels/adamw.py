@@ -32,6 +32,7 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import increment_version
+
 from umedtrain.kernels._adamw_twin import BLOCK, State8, adamw_8_twin, adamw_twin
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op

@@ -4,12 +4,13 @@
 
 over the keys j of the query's own segment up to itself and of all its segment's ancestors. `attention_plan` says what a
 segment's ancestors are; a prompt with two answers is computed, and kept, once. Files: attention_plan.py has the tables,
-attention_forward.py and attention_backward.py the kernels with their numerics and bytes, attention_torch.py the twin.
+attention_forward.py and attention_backward.py the kernels with their numerics and bytes, attention_blocks.py what those
+share, attention_torch.py the twin.
 
 Saved for backward: q, k, v, out and the fp32 log-sum [H, T]. Nothing is added atomically, no launch parameter depends
 on the contents: equal inputs give equal bits. A segment's blocks begin at its own first row, so its outputs have the
-same bits wherever its document stands in the stream and whatever the other documents hold; gradients too, as long as a
-document's segments stand together in the same order.
+same bits wherever its document stands in the stream and whatever the other documents hold; gradients too, as long as
+a document's segments stand together and in the same order.
 
 Shape suffixes: T tokens, H query heads, G key-value heads, K head dimension, N ranges, I tiles.
 """
@@ -18,6 +19,7 @@ import math
 from typing import Any
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels.attention_backward import launch_backward

@@ -8,22 +8,27 @@ With s, c, lse as in the forward, dO the gradient of out, for every key j that q
     dq[i] = scale sum_j ds[i, j] k[j]        dk[j] = scale sum_i ds[i, j] q[i]        dv[j] = sum_i p[i, j] dO[i]
 
 First pass: one program per (block of query rows, query head) visits the keys that its rows see, as the forward does,
-and writes dq and D. Second pass: one program per (block of key rows, key-value head) visits, for each of H / G query
-heads that share the head, the queries that see its keys: those of the segment itself from the block on, then those of
-all descendants; it writes dk and dv once, complete. Scores are computed in both, 7 products instead of the 5 of a
-backward that adds dq with atomics in an order that changes from run to run.
+and writes dq and D, which costs no further read of dO. Second pass: one program per (block of key rows, key-value head)
+visits the queries that see its keys, of all H / G query heads that share the head: those of the segment itself from the
+block on, and those of all descendants; it reads K and V, and writes dk and dv, once. Both passes form the scores: 7
+products, not the 5 of a backward that adds dq with atomics, in an order that changes from run to run. In either, whole
+blocks come first and masked blocks of E rows after, as in the forward.
 
-Bytes: first pass q, out, dO, lse read and dq, D written once, K and V per program; second pass K, V read and dK, dV
-written once, q, dO, lse, D per program. FLOPs: 14 K per visible (query, key) pair and head.
+Bytes: first pass q, out, dO, lse read and dq, D written once, K and V per program; second pass K, V read and dk, dv
+written once, q, dO, lse, D per program, mostly from L2. 14 K FLOPs a visible (query, key) pair and query head.
 
 Casts: products are exact, added in fp32; p and ds are rounded to the inputs' dtype before they are multiplied; dq, dk
-and dv are rounded once. fp32 inputs multiply in full fp32, never in TF32.
+and dv are rounded once. fp32 inputs are multiplied in full fp32, never in TF32.
+
+Registers: dk and dv of 128 keys take 128 a thread on sm_90; what the compiler would hoist out of those loops as well
+made it spill (`disable_licm`).
 
 Shape suffixes: T tokens, H query heads, G key-value heads, K head dimension, M rows of a query block, N rows of a key
 block, E rows of a masked block.
 """
 
 import torch
+
 from umedtrain.kernels._triton import tl, triton
 from umedtrain.kernels.attention_blocks import (
     LOG2_E,
@@ -149,7 +154,7 @@ def _attention_dq_kernel(
     for index in range(first, last + 1):
         base = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64))
         rows = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64) + 1)
-        whole = tl.where(index == last, m0, rows) // N * N
+        whole = tl.where(index == last, m0, rows) & -N
         for n0 in range(0, whole, N):
             if DESCRIPTORS:
                 k_NK = k_descriptor.load([base + n0, kv_head * k_head])
@@ -167,7 +172,7 @@ def _attention_dq_kernel(
         base = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64))
         rows = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64) + 1)
         own = index == last
-        whole = tl.where(own, m0, rows) // N * N
+        whole = tl.where(own, m0, rows) & -N
         end = tl.where(own, tl.minimum(m0 + M, rows), rows)
         limit_M = tl.where(own, tl.minimum(row_M + 1, rows), rows)
         for n0 in tl.range(whole, end, E, num_stages=EDGE_STAGES):
@@ -238,21 +243,21 @@ def _attention_dkdv_kernel(
         base = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64))
         rows = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64) + 1)
         after = tl.where(index == first, n0 + N, 0)
-        whole = after + tl.maximum(rows - after, 0) // M * M
-        lse_row_ptr = lse_ptr + head.to(tl.int64) * tokens + base
-        d_row_ptr = d_ptr + head.to(tl.int64) * tokens + base
+        whole = after + (tl.maximum(rows - after, 0) & -M)
+        lse_head_ptr = lse_ptr + head.to(tl.int64) * tokens
+        d_head_ptr = d_ptr + head.to(tl.int64) * tokens
         q_head_ptr = q_ptr + head.to(tl.int64) * q_head
         do_head_ptr = do_ptr + head.to(tl.int64) * do_head
         for m0 in tl.range(after, whole, M, disable_licm=True):
+            at = (base + m0).to(tl.int64)
             if DESCRIPTORS:
                 q_MK = q_descriptor.load([base + m0, head * q_head])
                 do_MK = do_descriptor.load([base + m0, head * do_head])
             else:
-                at = (base + m0).to(tl.int64)
                 q_MK = load_rows(q_head_ptr + at * q_token + q_offset_MK, step_M, M, column_K, K, BLOCK_K, False)
                 do_MK = load_rows(do_head_ptr + at * do_token + do_offset_MK, step_M, M, column_K, K, BLOCK_K, False)
-            lse_M = tl.load(lse_row_ptr + m0 + step_M)
-            d_M = tl.load(d_row_ptr + m0 + step_M)
+            lse_M = tl.load(lse_head_ptr + at + step_M)
+            d_M = tl.load(d_head_ptr + at + step_M)
             dk_NK, dv_NK = _key_block(
                 k_NK, v_NK, q_MK, do_MK, dk_NK, dv_NK, lse_M, d_M, scale_log2, key_N, step_M, False
             )
@@ -267,12 +272,12 @@ def _attention_dkdv_kernel(
         rows = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64) + 1)
         own = index == first
         after = tl.where(own, n0 + N, 0)
-        whole = after + tl.maximum(rows - after, 0) // M * M
-        # Rows on the diagonal, then those that are left at the end, each rounded up to whole blocks.
-        diagonal = tl.where(own, tl.cdiv(tl.minimum(n0 + N, rows) - n0, E) * E, 0)
+        whole = after + (tl.maximum(rows - after, 0) & -M)
+        # First the rows on the diagonal, rounded up to whole blocks (E is a power of two), then those left at the end.
+        diagonal = tl.where(own, (tl.minimum(N, rows - n0) + E - 1) & -E, 0)
         since_N = tl.where(own, key_N, 0)
-        lse_row_ptr = lse_ptr + head.to(tl.int64) * tokens + base
-        d_row_ptr = d_ptr + head.to(tl.int64) * tokens + base
+        lse_head_ptr = lse_ptr + head.to(tl.int64) * tokens
+        d_head_ptr = d_ptr + head.to(tl.int64) * tokens
         q_head_ptr = q_ptr + head.to(tl.int64) * q_head
         do_head_ptr = do_ptr + head.to(tl.int64) * do_head
         masked = diagonal + tl.maximum(rows - whole, 0)
@@ -282,8 +287,8 @@ def _attention_dkdv_kernel(
             q_EK = load_rows(q_head_ptr + at * q_token + q_offset_EK, step_E, rows - m0, column_K, K, BLOCK_K, True)
             do_EK = load_rows(do_head_ptr + at * do_token + do_offset_EK, step_E, rows - m0, column_K, K, BLOCK_K, True)
             inside_E = step_E < rows - m0
-            lse_E = tl.load(lse_row_ptr + m0 + step_E, mask=inside_E, other=0.0)
-            d_E = tl.load(d_row_ptr + m0 + step_E, mask=inside_E, other=0.0)
+            lse_E = tl.load(lse_head_ptr + at + step_E, mask=inside_E, other=0.0)
+            d_E = tl.load(d_head_ptr + at + step_E, mask=inside_E, other=0.0)
             query_E = tl.where(inside_E, m0 + step_E, -1)
             dk_NK, dv_NK = _key_block(
                 k_NK, v_NK, q_EK, do_EK, dk_NK, dv_NK, lse_E, d_E, scale_log2, since_N, query_E, True

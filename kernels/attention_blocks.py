@@ -6,6 +6,7 @@ Shape suffixes: T tokens, H heads, K head dimension, R rows of a block.
 from typing import Any, NamedTuple
 
 import torch
+
 from umedtrain.kernels._dispatch import pick
 from umedtrain.kernels._triton import tl, triton
 from umedtrain.kernels.attention_plan import TILE

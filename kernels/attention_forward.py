@@ -9,7 +9,7 @@
 The sums are formed block by block with a running m (FlashAttention-2: Dao 2023, arXiv 2307.08691). One program per
 (block of M query rows, query head). It goes over the keys in two loops: all whole blocks of N keys that every row sees,
 with no mask; then what is left in masked blocks of E keys: the last keys of each ancestor and the diagonal. Every row
-sees itself and the first key of the first block that it gets, so no maximum is ever -inf.
+sees the first key of the first block that it gets, so no maximum is ever -inf.
 
 Bytes: q read, out and lse written once; K and V up to the block once per program, mostly from L2: heads are the fastest
 index of the grid, so the H / G query heads of a key-value head run side by side. 4 K FLOPs a visible pair and head.
@@ -17,15 +17,15 @@ index of the grid, so the H / G query heads of a key-value head run side by side
 Casts: products are exact and added in fp32; probabilities are rounded to v's dtype before the second product; out is
 rounded once. fp32 inputs are multiplied in full fp32, never in TF32.
 
-Tensor descriptors (TMA) read the whole blocks on sm_90 and newer, where K's and V's base and strides are 16-byte
-aligned. Blocks at the end of a segment always go through pointers: a descriptor would bring in the first rows of the
-next segment, and a NaN there spreads even at weight zero.
+Tensor descriptors (TMA) read the whole blocks on sm_90 and newer. Blocks at a segment's end always go through pointers:
+a descriptor would bring in the first rows of the next segment, and a NaN there spreads even at weight zero.
 
 Shape suffixes: T tokens, H query heads, G key-value heads, K head dimension, M rows of a query block, N rows of a key
 block, E rows of a masked key block, R rows of any block.
 """
 
 import torch
+
 from umedtrain.kernels._triton import tl, triton
 from umedtrain.kernels.attention_blocks import (
     LOG2_E,
@@ -119,7 +119,7 @@ def _attention_forward_kernel(
     for index in range(first, last + 1):
         base = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64))
         rows = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64) + 1)
-        whole = tl.where(index == last, m0, rows) // N * N
+        whole = tl.where(index == last, m0, rows) & -N
         for n0 in range(0, whole, N):
             if DESCRIPTORS:
                 k_NK = k_descriptor.load([base + n0, kv_head * k_head])
@@ -139,7 +139,7 @@ def _attention_forward_kernel(
         base = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64))
         rows = tl.load(ranges_ptr + 2 * tl.cast(index, tl.int64) + 1)
         own = index == last
-        whole = tl.where(own, m0, rows) // N * N
+        whole = tl.where(own, m0, rows) & -N
         end = tl.where(own, tl.minimum(m0 + M, rows), rows)
         limit_M = tl.where(own, tl.minimum(row_M + 1, rows), rows)
         for n0 in tl.range(whole, end, E, num_stages=EDGE_STAGES):

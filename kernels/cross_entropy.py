@@ -8,7 +8,7 @@ its last column, so that the loop holds loads and arithmetic only, no shuffle an
 of an online softmax one is always exp(0): exp(-|z - maximum|) serves as the new term or as the rescaling of the old
 sum, one exp2 an element. Backward: elementwise, from the saved maximum and log-sum.
 
-Bytes: the logits once in forward; once read and once written in backward (bf16, 8192 x 128256: 2.1 + 4.2 GB). 13 and 6
+Bytes: the logits once in forward; once read and once written in backward (bf16, 8192 x 128256: 2.1 + 4.2 GB). 8 and 6
 operations an element. Saved: the logits themselves, and two fp32 numbers a row: the row's maximum m and
 log sum exp(z - m), kept apart because their sum has lost the digits of exp(z - logsumexp) where logits lie near 1e4.
 
@@ -24,6 +24,7 @@ Shape suffixes: N or R rows, V vocabulary, C columns of a slice of it, K numbers
 from typing import Any
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._triton import tl, triton

@@ -13,6 +13,7 @@ Squares are fp32: elements beyond 1.8e19 give infinity, below 1e-23 nothing. Inf
 from collections.abc import Sequence
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._shards import HALVES, check_shard, shard_table

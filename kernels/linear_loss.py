@@ -31,6 +31,7 @@ Shape suffixes: N rows, M rows with a target, R rows of a block, D hidden size, 
 from typing import Any, NamedTuple
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels.cross_entropy import check_target_tensor, check_targets
@@ -64,7 +65,7 @@ def _wanted_first(targets_N: torch.Tensor, vocab: int) -> tuple[torch.Tensor, in
     ignored, outside = torch.stack((ignored_N.sum(), outside_N.sum())).tolist()
     if outside:
         check_targets(targets_N, vocab, IGNORED)
-    return ignored_N.argsort(stable=True), len(targets_N) - ignored
+    return ignored_N.to(torch.uint8).argsort(stable=True), len(targets_N) - ignored  # not every GPU sorts bool
 
 
 def _taken(values: torch.Tensor, rows_M: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ K statistics.
 """
 
 import torch
+
 from umedtrain.kernels._dispatch import pick
 from umedtrain.kernels._triton import tl, triton
 from umedtrain.kernels.cross_entropy import FORWARD, logit_gradients, softmax_statistics, statistics_twin

@@ -27,6 +27,7 @@ Shape suffixes: T rows, D columns, P programs.
 from typing import Any, Literal
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, architecture, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._triton import tl, triton

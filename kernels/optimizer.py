@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 import torch
+
 from umedtrain.kernels._adamw_twin import BLOCK, State8
 from umedtrain.kernels._dispatch import Impl
 from umedtrain.kernels.adamw import adamw_step, check_hyperparameters

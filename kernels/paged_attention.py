@@ -23,6 +23,7 @@ P pages, S slots of a page, N positions of a tile, R rows of a tile (token and q
 import math
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._triton import tl, triton

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import nn
+
 from umedtrain.kernels.linear_loss import IGNORED, linear_cross_entropy
 from umedtrain.kernels.norm import rms_norm
 from umedtrain.kernels.rope import rope

@@ -27,6 +27,7 @@ Shape suffixes: M rows, N outputs, D inputs, G groups, S slices of the inputs, K
 from dataclasses import dataclass
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._triton import tl, triton

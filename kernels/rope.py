@@ -22,6 +22,7 @@ import math
 from typing import Any
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._triton import tl, triton

@@ -24,6 +24,7 @@ Shape suffixes: B rows, V vocabulary, C chunks of the vocabulary, N tokens of a 
 from typing import NamedTuple
 
 import torch
+
 from umedtrain.kernels._dispatch import Impl, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._sampling_twin import sample_slab

@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+
 from umedtrain.kernels._dispatch import Impl, pick, use_triton
 from umedtrain.kernels._op import kernel_op
 from umedtrain.kernels._triton import tl, triton

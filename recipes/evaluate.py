@@ -184,6 +184,12 @@ def report(results: dict[str, Any]) -> str:
         rows += [[group or "-", s["n"], s["accuracy"], None, None] for group, s in result["groups"].items()]
         rows.append(["longer answer", result["pairs"], result["longest_baseline"], None, None])
         parts.append(f"## {name}\n\n" + markdown_table(["pairs", "n", "accuracy", "95% low", "high"], rows))
+        sure, sides = result["calibration"], [result[side] for side in ("chosen", "rejected")]
+        means = " and ".join(f"{side['mean']:.3f} (sd {side['std']:.3f})" for side in sides)
+        parts.append(
+            f"Rewards of chosen and rejected answers: {means}. Mean confidence {sure['confidence']:.3f}, expected "
+            f"calibration error {sure['expected_error']:.3f}.\n"
+        )
         parts += [f"Dropped: {reason}: {drop['count']}.\n" for reason, drop in result["dropped"].items()]
     return "\n".join(parts)
 

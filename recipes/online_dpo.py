@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from umedtrain.recipes.dpo import PairTrainingConfig, learn, pair_loss
 
 from umedtrain.collection.pairs import TIE, checked_rewards, ranked_pairs
 from umedtrain.config import PairsConfig, SamplingConfig
@@ -38,6 +37,7 @@ from umedtrain.evaluation.questions import read_questions
 from umedtrain.evaluation.rewards import summarize_rewards
 from umedtrain.evaluation.scoring import cached_rewards, check_reward_model, load_reward_model
 from umedtrain.model.llama import Llama
+from umedtrain.recipes.dpo import PairTrainingConfig, learn, pair_loss
 from umedtrain.records import Prompt, read_prompts, write_jsonl
 from umedtrain.sampling import Sampler
 from umedtrain.sampling.rollout import Row, rollout, sampling_params

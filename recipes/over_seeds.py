@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
-from umedtrain.recipes.ultramedical import MODELS, SHOWN, comparisons
 
 from umedtrain.evaluation.benchmark import METHODS
 from umedtrain.evaluation.statistics import over_seeds
 from umedtrain.evaluation.table import Cell, markdown_table
+from umedtrain.recipes.ultramedical import MODELS, SHOWN, comparisons
 
 Summary = dict[str, Any]
 

@@ -19,8 +19,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from umedtrain.recipes import dpo, evaluate, reward, sft
-
 from umedtrain.collection import icd10cm
 from umedtrain.collection.pairs import add_answers, checked_pairs, ranked_pairs
 from umedtrain.config import SamplingConfig, read_config
@@ -31,6 +29,7 @@ from umedtrain.evaluation.scoring import score_rows
 from umedtrain.evaluation.statistics import Estimate, mcnemar, paired_bootstrap
 from umedtrain.evaluation.table import markdown_table
 from umedtrain.model.heads import RewardModel
+from umedtrain.recipes import dpo, evaluate, reward, sft
 from umedtrain.records import Messages, read_conversations, read_prompts, write_jsonl
 from umedtrain.sampling import Sampler
 from umedtrain.sampling.rollout import Row, rollout, sampling_params

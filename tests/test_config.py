@@ -3,6 +3,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from umedtrain.config import ConfigError, OptimizerConfig, load_config, read_config, write_config
 from umedtrain.recipes import sft
 from umedtrain.recipes.dpo import DPOConfig
 from umedtrain.recipes.evaluate import EvaluateConfig
@@ -12,8 +14,6 @@ from umedtrain.recipes.reward import RewardConfig
 from umedtrain.recipes.score import ScoreConfig
 from umedtrain.recipes.sft import SFTConfig
 from umedtrain.recipes.ultramedical import PipelineConfig
-
-from umedtrain.config import ConfigError, OptimizerConfig, load_config, read_config, write_config
 
 
 def write(tmp_path, text):

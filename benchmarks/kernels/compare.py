@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+
 from umedtrain.kernels.linear_chunks import weight_traffic
 from umedtrain.kernels.offline import cases
 from umedtrain.kernels.offline.roofline import H100, costs

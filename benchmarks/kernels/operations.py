@@ -7,6 +7,7 @@ driver for compiling, the CPU and the interpreter for counting bytes, a GPU for 
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.offline.cases import LlamaShape
 
 SIDES = ("ours", "liger")

@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+
 from umedtrain.kernels._dispatch import assume_architecture
 
 TARGETS = {

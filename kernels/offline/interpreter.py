@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from triton import knobs
 from triton.runtime import interpreter as stock
+
 from umedtrain.kernels._triton import tl
 
 Array = np.ndarray

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from triton.runtime.cache import triton_key
+
 from umedtrain.kernels.offline.capture import capture
 from umedtrain.kernels.offline.cases import LlamaShape
 from umedtrain.kernels.offline.lint import Finding, lint

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 from triton.runtime import interpreter as stock
+
 from umedtrain.kernels.offline import interpreter
 from umedtrain.kernels.offline.interpreter import Handle
 

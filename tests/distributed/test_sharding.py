@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
+from tests.training.runs import whole
 from umedtrain.losses import token_logprobs
 from umedtrain.model.config import LlamaConfig
 from umedtrain.model.heads import RewardModel
@@ -40,7 +41,7 @@ def sharded(world, kind, dtype, checkpointing, shard):
     fill_model(model, lambda name, size: initial_weight(name, size, config(kind), seed=1), world.device)
     for tokens in stream()[world.rank :: world.size]:
         (loss_of(model, tokens, kind) / 4).backward()
-    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    grads = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     weights = dict(full_tensors(model))
     copy = gather_model(model, world.device, dtype=torch.float32)
     assert all(torch.equal(weights[name], parameter) for name, parameter in copy.named_parameters())

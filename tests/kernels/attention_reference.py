@@ -4,6 +4,7 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+
 from umedtrain.kernels import attention_backward, attention_forward
 from umedtrain.kernels.attention import attention, attention_plan
 from umedtrain.kernels.attention_blocks import Config

@@ -4,6 +4,7 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
+
 from umedtrain.kernels.offline import sanitizer
 
 SIZES = (1, 3, 0, 300, 4099)

@@ -5,13 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.kernels.compare import assert_bitwise_equal, assert_two_references, misaligned, poisoned
+from tests.kernels.shards import clones, random_shards, watch_shards
 from umedtrain.kernels import _dispatch, adamw
 from umedtrain.kernels._adamw_twin import BLOCK, State8, decode_state, encode_state, random_bits
 from umedtrain.kernels._shards import shard_table
 from umedtrain.kernels.adamw import adamw_step
-
-from tests.kernels.compare import assert_bitwise_equal, assert_two_references, misaligned, poisoned
-from tests.kernels.shards import clones, random_shards, watch_shards
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 IMPLS = ("torch", "triton")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from tests.kernels.attention_reference import TREE, dense, random_inputs, run, run_packed, small_blocks, visible
+from tests.kernels.compare import DTYPES, assert_bitwise_equal, assert_two_references, misaligned, poisoned
 from umedtrain.kernels import attention_torch
 from umedtrain.kernels._dispatch import ARCHITECTURES, assume_architecture
 from umedtrain.kernels.attention import attention, attention_plan
 from umedtrain.kernels.offline.sanitizer import watch
-
-from tests.kernels.attention_reference import TREE, dense, random_inputs, run, run_packed, small_blocks, visible
-from tests.kernels.compare import DTYPES, assert_bitwise_equal, assert_two_references, misaligned, poisoned
 
 IMPLS = ("torch", "triton")
 NAMES = ("out", "dq", "dk", "dv")

@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from umedtrain.kernels.attention import attention_plan
-from umedtrain.kernels.attention_plan import TILE
 
 from tests.kernels.attention_reference import random_inputs, run_packed, small_blocks, visible
 from tests.kernels.compare import assert_bitwise_equal
+from umedtrain.kernels.attention import attention_plan
+from umedtrain.kernels.attention_plan import TILE
 
 IMPLS = ("torch", "triton")
 NAMES = ("out", "dq", "dk", "dv")

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from umedtrain.kernels.attention import attention, attention_plan
 
 from tests.kernels.attention_reference import random_inputs, run, small_blocks
 from tests.kernels.compare import assert_bitwise_equal
+from umedtrain.kernels.attention import attention, attention_plan
 
 MODULE = importlib.import_module("umedtrain.kernels.attention")  # the package has the function under this name
 IMPLS = ("torch", "triton")

@@ -71,11 +71,13 @@ def loss_of(model, rows_TD, weights_TD, dtype):
 
 def sharded_gradients(world, impl, dtype, checkpointing):
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     from umedtrain.kernels.offline import interpreter
 
     interpreter.install()
     model = build(impl)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    # By default FSDP casts all that a layer is called with, the fp32 tables of the rotation too.
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model:
         if checkpointing:
             layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)

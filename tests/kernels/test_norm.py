@@ -5,9 +5,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from umedtrain.kernels import norm
-from umedtrain.kernels.norm import add_rms_norm, rms_norm
-from umedtrain.kernels.offline.sanitizer import watch
 
 from tests.kernels.compare import (
     DTYPES,
@@ -18,6 +15,9 @@ from tests.kernels.compare import (
     poisoned,
     strided_rows,
 )
+from umedtrain.kernels import norm
+from umedtrain.kernels.norm import add_rms_norm, rms_norm
+from umedtrain.kernels.offline.sanitizer import watch
 
 EPS = 0.05
 IMPLS = ("torch", "triton")

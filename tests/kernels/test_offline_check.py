@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+
 from umedtrain.kernels.offline import budgets, capture, check, measure, resources
 from umedtrain.kernels.offline.budgets import Budget, Limit, judge, propose, read_budgets, unused
 from umedtrain.kernels.offline.lint import Finding, lint

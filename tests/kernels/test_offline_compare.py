@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from umedtrain.kernels._triton import tl, triton
 
 from tests.kernels.compare import (
     DTYPES,
@@ -14,6 +13,7 @@ from tests.kernels.compare import (
     poisoned,
     strided_rows,
 )
+from umedtrain.kernels._triton import tl, triton
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import pytest
 import torch
 from triton import knobs
 from triton.runtime import interpreter as stock
+
 from umedtrain.kernels._triton import tl, triton
 from umedtrain.kernels.offline import interpreter
 

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+
 from umedtrain.kernels.offline.cases import LLAMA_8B, LLAMA_70B, LlamaShape
 from umedtrain.kernels.offline.roofline import H100, Cost, chunked_weight_bytes, costs, layer_parameters
 

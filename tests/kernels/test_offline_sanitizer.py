@@ -4,6 +4,7 @@ import pytest
 import torch
 from triton.runtime import interpreter as stock
 from triton.tools.tensor_descriptor import TensorDescriptor
+
 from umedtrain.kernels._triton import tl, triton
 from umedtrain.kernels.offline.sanitizer import SanitizerError, watch
 

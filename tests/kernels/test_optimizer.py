@@ -10,10 +10,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from umedtrain.kernels.grad_norm import clip_factor, grad_norm
-from umedtrain.kernels.optimizer import AdamW
 
 from tests.kernels.compare import assert_bitwise_equal
+from umedtrain.kernels.grad_norm import clip_factor, grad_norm
+from umedtrain.kernels.optimizer import AdamW
 
 
 def network(dtype=torch.float32):

@@ -4,10 +4,10 @@ import importlib
 
 import pytest
 import torch
-from umedtrain.kernels.offline.sanitizer import watch
-from umedtrain.kernels.paged_attention import paged_attention
 
 from tests.kernels.compare import assert_bitwise_equal, assert_two_references, misaligned, poisoned
+from umedtrain.kernels.offline.sanitizer import watch
+from umedtrain.kernels.paged_attention import paged_attention
 
 # The package offers the function under the file's name.
 module = importlib.import_module("umedtrain.kernels.paged_attention")

@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from umedtrain.kernels import _dispatch
-from umedtrain.kernels.patch import patch_llama, unpatch_llama
 
 from tests.kernels.compare import assert_bitwise_equal, assert_two_references
+from umedtrain.kernels import _dispatch
+from umedtrain.kernels.patch import patch_llama, unpatch_llama
 
 transformers = pytest.importorskip("transformers")
 modeling_llama = pytest.importorskip("transformers.models.llama.modeling_llama")

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from umedtrain.kernels import quantized as module
-from umedtrain.kernels.offline.sanitizer import watch
-from umedtrain.kernels.quantized import QuantizedWeight, quantize_int4, quantize_int8, quantized_linear
 
 from tests.kernels.compare import (
     DTYPES,
@@ -14,6 +11,9 @@ from tests.kernels.compare import (
     poisoned,
     strided_rows,
 )
+from umedtrain.kernels import quantized as module
+from umedtrain.kernels.offline.sanitizer import watch
+from umedtrain.kernels.quantized import QuantizedWeight, quantize_int4, quantize_int8, quantized_linear
 
 QUANTIZE = {"int8": quantize_int8, "int4": quantize_int4, "int4 of 64": lambda weight: quantize_int4(weight, 64)}
 

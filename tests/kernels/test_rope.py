@@ -6,8 +6,6 @@ from unittest import mock
 import pytest
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from umedtrain.kernels.offline.sanitizer import watch
-from umedtrain.kernels.rope import rope, rope_frequencies, rope_tables
 
 from tests.kernels.compare import (
     DTYPES,
@@ -17,6 +15,8 @@ from tests.kernels.compare import (
     poisoned,
     strided_rows,
 )
+from umedtrain.kernels.offline.sanitizer import watch
+from umedtrain.kernels.rope import rope, rope_frequencies, rope_tables
 
 IMPLS = ("torch", "triton")
 module = importlib.import_module("umedtrain.kernels.rope")  # the package's attribute is the function

@@ -6,11 +6,11 @@ import math
 import pytest
 import torch
 from scipy.stats import chisquare
+
+from tests.kernels.compare import assert_bitwise_equal, misaligned, poisoned, strided_rows
 from umedtrain.kernels import sampling
 from umedtrain.kernels.offline.sanitizer import watch
 from umedtrain.kernels.sampling import sample
-
-from tests.kernels.compare import assert_bitwise_equal, misaligned, poisoned, strided_rows
 from umedtrain.sampling.draw import Policy, choose, derive_keys
 from umedtrain.sampling.params import SamplingParams
 

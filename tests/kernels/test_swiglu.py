@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
-from umedtrain.kernels.offline.sanitizer import watch
-from umedtrain.kernels.swiglu import swiglu, swiglu_down
 
 from tests.kernels.compare import (
     DTYPES,
@@ -18,6 +16,8 @@ from tests.kernels.compare import (
     poisoned,
     strided_rows,
 )
+from umedtrain.kernels.offline.sanitizer import watch
+from umedtrain.kernels.swiglu import swiglu, swiglu_down
 
 IMPLS = ("torch", "triton")
 module = importlib.import_module("umedtrain.kernels.swiglu")  # the package's attribute is the function

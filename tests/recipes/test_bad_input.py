@@ -5,11 +5,11 @@ import json
 import shutil
 
 import pytest
-from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 
 from tests.ranks import run_ranks
 from tests.recipes.material import ROOT, conversation, torchrun, write_rows
 from umedtrain.config import BatchConfig, DataConfig, LogConfig, ModelConfig, ParallelConfig, load_config, write_config
+from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 from umedtrain.text.sentencepiece import train_sentencepiece
 
 

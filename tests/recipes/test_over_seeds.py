@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+
 from umedtrain.recipes.over_seeds import accuracies, read_summaries, steps
 from umedtrain.recipes.ultramedical import MODELS, SHOWN
 

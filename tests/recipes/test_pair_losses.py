@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from umedtrain.recipes.dpo import LossConfig, pair_loss
 
 from tests.training.runs import pairs
 from umedtrain import losses
 from umedtrain.data.batch import collate
 from umedtrain.model.llama import Llama
+from umedtrain.recipes.dpo import LossConfig, pair_loss
 from umedtrain.training.reference import frozen_reference
 from umedtrain.training.tasks import PreferenceTask, answer_lengths, answer_logprobs
 

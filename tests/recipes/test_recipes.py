@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 
 import umedtrain as ut
 from tests.ranks import run_ranks
@@ -22,6 +21,7 @@ from umedtrain.config import (
     read_config,
     write_config,
 )
+from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 
 
 def training(files, name, model):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from umedtrain.recipes import reward
 
 import umedtrain as ut
 from tests.recipes.material import preference, write_rows
 from umedtrain.config import BatchConfig, DataConfig, LogConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from umedtrain.recipes import reward
 
 
 def config_of(files, output, pairs, **loss):

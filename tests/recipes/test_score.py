@@ -6,11 +6,11 @@ from itertools import chain
 
 import pytest
 import torch
-from umedtrain.recipes import score
 
 import umedtrain as ut
 from tests.ranks import run_ranks
 from tests.recipes.material import ORGANS, question, save_random_model, write_rows
+from umedtrain.recipes import score
 
 ANSWERS = [f"So, the answer is {organ}." for organ in ORGANS]
 

@@ -4,11 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.distributed.tensor import DTensor
 
 from umedtrain import losses
 from umedtrain.config import CheckpointConfig, LogConfig, OptimizerConfig
 from umedtrain.data.example import Example, Segment
 from umedtrain.data.loader import Loader
+from umedtrain.distributed.sharding import fill_model, full_tensors, shard_model
 from umedtrain.model.config import LlamaConfig
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.llama import Llama, initial_weight
@@ -45,14 +47,17 @@ def pairs(count, seed=0):
 
 
 def sharded(kind, world, *, seed=1, dtype=torch.float32):
-    from umedtrain.distributed.sharding import fill_model, shard_model
-
     with torch.device("meta"):
         model = kind(CONFIG)
     shard_model(model, world.mesh(0), dtype=dtype)
     # Five times the usual size, so that the model is far from uniform.
     fill_model(model, lambda name, size: 5 * initial_weight(name, size, CONFIG, seed=seed), world.device)
     return model
+
+
+def whole(tensor):
+    """A sharded tensor's value; a single rank does not shard."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def dpo_loss(**settings):
@@ -94,7 +99,7 @@ def run(world, folder, task_name, options):
         checkpoint_config=CheckpointConfig(every_steps=options.get("every", 0), keep=2),
         log_config=LogConfig(progress=False),
     )
-    return totals, {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    return totals, dict(full_tensors(model))
 
 
 def gradients(world, task_name, max_tokens):
@@ -110,5 +115,5 @@ def gradients(world, task_name, max_tokens):
         loss, _ = task(model, batch)
         (loss / count).backward()
         total += loss.item()
-    grads = {name: parameter.grad.full_tensor() for name, parameter in model.named_parameters()}
+    grads = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
     return world.sum([total])[0] / count, count, len(batches), grads

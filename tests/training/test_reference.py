@@ -10,6 +10,7 @@ from tests.ranks import run_ranks
 from tests.training.runs import dpo_loss, pairs, sharded
 from umedtrain.config import CheckpointConfig, LogConfig, OptimizerConfig, ParallelConfig
 from umedtrain.data.loader import Loader
+from umedtrain.distributed.sharding import full_tensors
 from umedtrain.model.llama import Llama
 from umedtrain.training.loop import train
 from umedtrain.training.reference import build_reference, cached_reference, frozen_reference
@@ -62,7 +63,7 @@ def train_with(world, folder, kind, epochs):
         checkpoint_config=CheckpointConfig(every_steps=2),
         log_config=LogConfig(progress=False),
     )
-    return {name: parameter.full_tensor() for name, parameter in model.named_parameters()}
+    return dict(full_tensors(model))
 
 
 def trained_both_ways(world, folder, epochs):

@@ -21,17 +21,34 @@ def attention(q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGK: torch.Tensor, lay
 
     Query head h reads key-value head h // (H / G). Works for any dtype and is differentiable.
     """
-    heads_per_group = q_THK.shape[1] // k_TGK.shape[1]
     plan = layout.derived(_plan)
+    # One gather for all groups: the backward pass of each fills a gradient for the whole stream.
+    queries = q_THK[plan.query_rows].split([group.query_rows_SQ.numel() for group in plan.groups])
+    keys = k_TGK[plan.key_rows].split([group.key_rows_SC.numel() for group in plan.groups])
+    values = v_TGK[plan.key_rows].split([group.key_rows_SC.numel() for group in plan.groups])
+    # On a GPU only the slowest back end takes a mask together with grouped heads.
+    grouped = q_THK.device.type == "cpu"
+    repeats = 1 if grouped else q_THK.shape[1] // k_TGK.shape[1]
     outputs = []
-    for group in plan.groups:
-        q_SHQK = q_THK[group.query_rows_SQ].transpose(1, 2)
-        k_SHCK = k_TGK[group.key_rows_SC].repeat_interleave(heads_per_group, dim=2).transpose(1, 2)
-        v_SHCK = v_TGK[group.key_rows_SC].repeat_interleave(heads_per_group, dim=2).transpose(1, 2)
-        mask = group.mask_S1QC
-        out_SHQK = F.scaled_dot_product_attention(q_SHQK, k_SHCK, v_SHCK, attn_mask=mask, is_causal=mask is None)
+    for group, q, k, v in zip(plan.groups, queries, keys, values, strict=True):
+        out_SHQK = F.scaled_dot_product_attention(
+            _heads_first(q, group.size),
+            _heads_first(k, group.size, repeats),
+            _heads_first(v, group.size, repeats),
+            attn_mask=group.mask_S1QC,
+            is_causal=group.mask_S1QC is None,
+            enable_gqa=grouped,
+        )
         outputs.append(out_SHQK.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[plan.places_T]
+
+
+def _heads_first(rows: torch.Tensor, size: int, repeats: int = 1) -> torch.Tensor:
+    """[S, heads * repeats, Q or C, K] of a group's gathered rows, [S * Q or S * C, heads, K]."""
+    of_segments = rows.unflatten(0, (size, -1))
+    if repeats > 1:
+        of_segments = of_segments.repeat_interleave(repeats, dim=2)
+    return of_segments.transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -49,12 +66,25 @@ class _Group:
     key_rows_SC: torch.Tensor
     mask_S1QC: torch.Tensor | None
 
+    @property
+    def size(self) -> int:
+        """S: how many segments there are."""
+        return len(self.query_rows_SQ)
+
 
 @dataclass(frozen=True)
 class _Plan:
-    """The groups, and for each token of the stream its place among all groups' padded queries, one after the other."""
+    """The groups, and their rows one group after the other.
+
+    Attributes:
+        query_rows: `query_rows_SQ` of all groups.
+        key_rows: `key_rows_SC` of all groups.
+        places_T: for each token of the stream its place in `query_rows`.
+    """
 
     groups: tuple[_Group, ...]
+    query_rows: torch.Tensor
+    key_rows: torch.Tensor
     places_T: torch.Tensor
 
 
@@ -72,7 +102,9 @@ def _plan(layout: Layout) -> _Plan:
             places_T[start : start + length] = torch.arange(length) + (first + index * longest)
         first += len(segments) * longest
         groups.append(group)
-    return _Plan(tuple(groups), places_T.to(layout.device))
+    query_rows = torch.cat([group.query_rows_SQ.flatten() for group in groups])
+    key_rows = torch.cat([group.key_rows_SC.flatten() for group in groups])
+    return _Plan(tuple(groups), query_rows, key_rows, places_T.to(layout.device))
 
 
 def _build_group(layout: Layout, segments: list[int]) -> _Group:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels._adamw_twin import BLOCK, State8
 from umedtrain.kernels.adamw import adamw_step
 from umedtrain.kernels.offline.cases import LlamaShape

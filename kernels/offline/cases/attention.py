@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.attention import attention
 from umedtrain.kernels.attention_plan import attention_plan
 from umedtrain.kernels.offline.cases import LlamaShape

@@ -1,8 +1,9 @@
-"""Launches of `umedtrain.kernels.cross_entropy`: a model's logits, forward and backward, and a row of odd length."""
+"""Launches of `umedtrain.kernels.cross_entropy`: a model's logits, forward and backward."""
 
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.cross_entropy import cross_entropy
 from umedtrain.kernels.offline.cases import LlamaShape
 
@@ -12,8 +13,6 @@ def cases(shape: LlamaShape) -> dict[str, Callable[[], None]]:
     return {
         "cross_entropy_bf16": lambda: _cross_entropy(shape.tokens, shape.vocab, torch.bfloat16),
         "cross_entropy_fp32": lambda: _cross_entropy(shape.tokens, shape.vocab, torch.float32),
-        "cross_entropy_odd": lambda: _cross_entropy(shape.tokens, shape.vocab - 1, torch.bfloat16),
-        "cross_entropy_narrow": lambda: _cross_entropy(shape.tokens, 1000, torch.bfloat16),
     }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.grad_norm import grad_norm
 from umedtrain.kernels.offline.cases import LlamaShape
 from umedtrain.kernels.offline.cases.adamw import shard_shapes

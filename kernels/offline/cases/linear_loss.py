@@ -6,6 +6,7 @@ That choice reads the targets, which meta tensors do not have; all rows have one
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.linear_chunks import CHUNK_BYTES
 from umedtrain.kernels.linear_passes import gradients, loss_and_gradients, statistics
 from umedtrain.kernels.offline.cases import LlamaShape

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.norm import add_rms_norm, rms_norm
 from umedtrain.kernels.offline.cases import LlamaShape
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+
 from umedtrain.kernels.offline.cases import LlamaShape
 from umedtrain.kernels.swiglu import Casting, swiglu, swiglu_down
 

@@ -1,6 +1,7 @@
 """The twins without faults; one file for each kind of the faults in faulty.py."""
 
 import torch
+
 from umedtrain.kernels._triton import tl, triton
 
 

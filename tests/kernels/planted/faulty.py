@@ -3,9 +3,9 @@
 import os
 
 import torch
-from umedtrain.kernels._triton import tl, triton
 
 from tests.kernels.planted.clean import centre_rows
+from umedtrain.kernels._triton import tl, triton
 
 
 @triton.jit

@@ -1,6 +1,7 @@
 """Offsets in 32 bits. The lines that must be found, and no others, end in a comment that says so."""
 
 import torch
+
 from umedtrain.kernels._triton import tl, triton
 
 
