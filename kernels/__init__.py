@@ -9,6 +9,7 @@ environment variable UMEDTRAIN_KERNELS, override that. All are differentiable wh
 `umedtrain.kernels.offline` proves the kernels without a GPU.
 """
 
+from umedtrain.kernels._dispatch import use_triton
 from umedtrain.kernels.adamw import adamw_step
 from umedtrain.kernels.attention import attention
 from umedtrain.kernels.attention_plan import AttentionPlan, attention_plan
@@ -52,4 +53,5 @@ __all__ = [
     "swiglu",
     "swiglu_down",
     "unpatch_llama",
+    "use_triton",
 ]

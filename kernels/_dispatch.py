@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from umedtrain.kernels._triton import HAS_TRITON, triton
+from umedtrain.kernels._triton import HAS_TRITON, INTERPRETED, triton
 
 Impl = Literal["auto", "triton", "torch"]
 VARIABLE = "UMEDTRAIN_KERNELS"
@@ -36,7 +36,7 @@ def use_triton(tensor: torch.Tensor, impl: Impl | None = None) -> bool:
         return False
     if not HAS_TRITON:
         raise ValueError("the Triton kernels need the package `triton`; install it or use impl='torch'")
-    if tensor.device.type == "cpu" and not interpreting():
+    if tensor.device.type == "cpu" and not INTERPRETED:
         raise ValueError(
             "the Triton kernels cannot run on a CPU tensor; use impl='torch', or set TRITON_INTERPRET=1 before "
             "importing umedtrain to run them in Triton's interpreter"
@@ -44,16 +44,11 @@ def use_triton(tensor: torch.Tensor, impl: Impl | None = None) -> bool:
     return True
 
 
-def interpreting() -> bool:
-    """Whether this process runs kernels in Triton's interpreter; decided when the kernels were imported."""
-    return HAS_TRITON and bool(triton.knobs.runtime.interpret)
-
-
 def architecture() -> str:
     """The entry of `ARCHITECTURES` whose configurations the current device gets; "sm_90" in the interpreter."""
     if _assumed is not None:
         return _assumed
-    if interpreting():
+    if INTERPRETED:
         return "sm_90"
     target = triton.runtime.driver.active.get_current_target()
     if target.backend == "hip":

@@ -32,23 +32,42 @@ def kernel_op(
         mutates: names of arguments that are written to.
     """
 
-    def wrap(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        forward = _on_its_device(function)
         op = torch.library.custom_op(f"umedtrain::{name}", forward, mutates_args=mutates)
         op.register_fake(fake)
         direct = forward
         if backward is not None:
             op.register_autograd(backward, setup_context=setup_context)
             members = {"forward": forward, "setup_context": setup_context, "backward": backward}
-            function = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
-            direct = function.apply
+            node = type(name, (torch.autograd.Function,), {k: staticmethod(v) for k, v in members.items()})
+            direct = node.apply
 
-        @functools.wraps(forward)
+        @functools.wraps(function)
         def call(*args: Any) -> Any:
             return op(*args) if torch.compiler.is_compiling() or _is_watched(args) else direct(*args)
 
         return call
 
     return wrap
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, with the GPU of its first tensor as the current one: Triton launches there, whatever it is given."""
+
+    @functools.wraps(function)
+    def call(*args: Any) -> Any:
+        device = next((x.device for x in map(_first, args) if isinstance(x, torch.Tensor)), None)
+        if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+            return function(*args)
+        with torch.cuda.device(device):
+            return function(*args)
+
+    return call
+
+
+def _first(arg: Any) -> Any:
+    return arg[0] if isinstance(arg, list | tuple) and arg else arg
 
 
 def _is_watched(args: tuple[Any, ...]) -> bool:

@@ -2,6 +2,9 @@
 
 Kernels are decorated when their file is imported, so the names must exist everywhere; without Triton the decorated
 functions are never called, because `_dispatch.use_triton` refuses.
+
+INTERPRETED says whether they are decorated for Triton's interpreter. It is read here once, as they are: Triton looks at
+the environment each time it is asked, which `torch.compile` cannot trace.
 """
 
 from types import SimpleNamespace
@@ -11,9 +14,9 @@ try:
     import triton
     import triton.language as tl
 
-    HAS_TRITON = True
+    HAS_TRITON, INTERPRETED = True, bool(triton.knobs.runtime.interpret)
 except ImportError:
-    HAS_TRITON = False
+    HAS_TRITON = INTERPRETED = False
 
     def _jit(function: Any = None, **_: Any) -> Any:
         return (lambda inner: inner) if function is None else function
@@ -21,4 +24,4 @@ except ImportError:
     triton = SimpleNamespace(jit=_jit)
     tl = SimpleNamespace(constexpr=Any, tensor=Any)
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+__all__ = ["HAS_TRITON", "INTERPRETED", "tl", "triton"]

@@ -372,7 +372,8 @@ def rms_norm(
     """
     _check(x_TD, weight_D, eps, casting)
     rows_TD = x_TD.reshape(-1, x_TD.shape[-1])
-    return _forward_op(rows_TD, weight_D, eps, casting == "hf", use_triton(x_TD, impl))[0].view(x_TD.shape)
+    y_TD, _ = _forward_op(rows_TD, weight_D, eps, casting == "hf", use_triton(x_TD, impl))
+    return _in_shape(y_TD, x_TD)
 
 
 def add_rms_norm(
@@ -406,7 +407,12 @@ def add_rms_norm(
     rows = (-1, x_TD.shape[-1])
     flags = (casting == "hf", use_triton(x_TD, impl))
     y_TD, sum_TD, _ = _add_op(x_TD.reshape(rows), residual_TD.reshape(rows), weight_D, eps, *flags)
-    return y_TD.view(x_TD.shape), sum_TD.view(x_TD.shape)
+    return _in_shape(y_TD, x_TD), _in_shape(sum_TD, x_TD)
+
+
+def _in_shape(rows_TD: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """No view where rows are what was given: FSDP warns of modules that return one."""
+    return rows_TD if x.ndim == 2 else rows_TD.view(x.shape)
 
 
 def _check(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float, casting: str) -> None:

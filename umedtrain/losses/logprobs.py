@@ -5,6 +5,8 @@ Shape suffixes: N rows, M rows of one chunk, D hidden size, V vocabulary.
 
 import torch
 
+from umedtrain.model.fused import kernels_for
+
 IGNORED = -100
 """The target that means: no target here. Its log-probability is 0 and it sends no gradient."""
 
@@ -22,6 +24,9 @@ def token_logprobs(
     `chunk_bytes`, all in one buffer. What the buffer holds of the last chunk stays there for the backward pass, so
     rows that fit into one chunk are projected once; the logits of earlier chunks are made again. The softmax is fp32,
     and so is the sum of the weight's gradient over chunks, which is rounded to the weight's dtype once.
+
+    On a GPU this is `umedtrain.kernels.linear_logprobs`: logits in the inputs' dtype, hence twice as many of 16 bits in
+    a chunk, all made again in the backward pass.
 
     Args:
         hidden_ND: hidden states after the final norm, any floating dtype.
@@ -41,6 +46,8 @@ def token_logprobs(
         raise ValueError(f"targets_N has shape {tuple(targets_N.shape)}, wanted {tuple(hidden_ND.shape[:1])}")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
+    if kernels := kernels_for(hidden_ND):
+        return kernels.linear_logprobs(hidden_ND, lm_head_weight_VD, targets_N, chunk_bytes=chunk_bytes).logprobs_N
     vocab_size = lm_head_weight_VD.shape[0]
     wanted_N = targets_N != IGNORED
     outside_N = wanted_N & ((targets_N < 0) | (targets_N >= vocab_size))

@@ -1,4 +1,6 @@
-"""Attention over a packed stream by PyTorch's scaled_dot_product_attention: the reference for every other back end.
+"""Attention over a packed stream: the Triton kernel on a GPU, otherwise PyTorch's scaled_dot_product_attention.
+
+The latter is the reference for every other back end.
 
 Segments of similar shape are computed together, padded to the longest of them inside this file only: causality keeps
 padding out of sight of every real token, so the results are those of one call per segment.
@@ -9,10 +11,12 @@ their tokens sees, H query heads, G key-value heads, K head dimension.
 
 from collections import defaultdict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from umedtrain.model.fused import kernels_for
 from umedtrain.model.layout import Layout
 
 
@@ -21,6 +25,8 @@ def attention(q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGK: torch.Tensor, lay
 
     Query head h reads key-value head h // (H / G). Works for any dtype and is differentiable.
     """
+    if kernels := kernels_for(q_THK):
+        return kernels.attention(q_THK, k_TGK, v_TGK, layout.derived(_kernel_plan))
     plan = layout.derived(_plan)
     # One gather for all groups: the backward pass of each fills a gradient for the whole stream.
     queries = q_THK[plan.query_rows].split([group.query_rows_SQ.numel() for group in plan.groups])
@@ -41,6 +47,12 @@ def attention(q_THK: torch.Tensor, k_TGK: torch.Tensor, v_TGK: torch.Tensor, lay
         )
         outputs.append(out_SHQK.transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs)[plan.places_T]
+
+
+def _kernel_plan(layout: Layout) -> Any:
+    from umedtrain.kernels import attention_plan
+
+    return attention_plan(layout.lengths, layout.parents, device=layout.device)
 
 
 def _heads_first(rows: torch.Tensor, size: int, repeats: int = 1) -> torch.Tensor:

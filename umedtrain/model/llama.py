@@ -1,9 +1,11 @@
 """Llama 2 and 3 as plain PyTorch modules over a packed stream of tokens.
 
-The model knows nothing of batches, padding, devices or parallelism: it maps a flat stream of tokens and the layout
-that cuts it into segments to hidden states. Parameter names are Hugging Face's without the leading `model.`.
+The model knows nothing of batches, padding or parallelism: it maps a flat stream of tokens and the layout that cuts it
+into segments to hidden states. On a GPU, norms, rotations, the MLP's product and attention are Triton kernels
+(`umedtrain.model.fused`). Parameter names are Hugging Face's without the leading `model.`.
 
-Shape suffixes: T tokens, D hidden size, H query heads, G key-value heads, K head dimension, V vocabulary.
+Shape suffixes: T tokens, D hidden size, F intermediate size, H query heads, G key-value heads, K head dimension,
+V vocabulary.
 """
 
 import zlib
@@ -16,8 +18,9 @@ from torch import nn
 from umedtrain.model.attention import attention
 from umedtrain.model.cache import KVCache
 from umedtrain.model.config import LlamaConfig
+from umedtrain.model.fused import kernels_for
 from umedtrain.model.layout import Layout
-from umedtrain.model.rope import apply_rope, rope_frequencies, rope_tables
+from umedtrain.model.rope import rope_frequencies, rope_tables, rotate
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -31,6 +34,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
+        if kernels := kernels_for(x_TD):
+            return kernels.rms_norm(x_TD, self.weight, self.eps, casting="hf")
         return F.rms_norm(x_TD.float(), (x_TD.shape[-1],), eps=self.eps).to(x_TD.dtype) * self.weight
 
 
@@ -50,9 +55,10 @@ class Attention(nn.Module):
     def forward(
         self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout, cache: KVCache | None, layer: int
     ) -> torch.Tensor:
-        q_THK = apply_rope(self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim)), *rotation)
-        k_TGK = apply_rope(self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim)), *rotation)
+        q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
+        q_THK, k_TGK = rotate(q_THK, k_TGK, *rotation)
         if cache is None:
             out_THK = attention(q_THK, k_TGK, v_TGK, layout)
         else:
@@ -70,7 +76,10 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        gate_TF, up_TF = self.gate_proj(x_TD), self.up_proj(x_TD)
+        if kernels := kernels_for(x_TD):
+            return self.down_proj(kernels.swiglu(gate_TF, up_TF, casting="hf"))
+        return self.down_proj(F.silu(gate_TF) * up_TF)
 
 
 class Block(nn.Module):

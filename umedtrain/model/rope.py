@@ -1,6 +1,6 @@
 """Rotary position embeddings (Su et al. 2021, arXiv 2104.09864) in the half-split layout, with Llama-3.1's scaling.
 
-Shape suffixes: T tokens, H heads, K head dimension, F = K / 2 frequencies.
+Shape suffixes: T tokens, H heads (G of keys), K head dimension, F = K / 2 frequencies.
 """
 
 import math
@@ -8,6 +8,7 @@ import math
 import torch
 
 from umedtrain.model.config import LlamaConfig, RopeScaling
+from umedtrain.model.fused import kernels_for
 
 
 def rope_frequencies(config: LlamaConfig, *, device: torch.device | str | None = None) -> torch.Tensor:
@@ -30,6 +31,16 @@ def rope_tables(frequencies_F: torch.Tensor, positions_T: torch.Tensor) -> tuple
     """Cosines and sines, fp32 [T, 1, F], of every token's rotation angles (the angle is formed in fp32)."""
     angles_T1F = positions_T[:, None, None].float() * frequencies_F
     return angles_T1F.cos(), angles_T1F.sin()
+
+
+def rotate(
+    q_THK: torch.Tensor, k_TGK: torch.Tensor, cos_T1F: torch.Tensor, sin_T1F: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys rotated by `apply_rope`; on a GPU both at once, with one rounding where it has three."""
+    if kernels := kernels_for(q_THK):
+        # The tables are rounded as in `apply_rope`: every device, and FSDP, which casts them, turns by the same angles.
+        return kernels.rope(q_THK, k_TGK, cos_T1F[:, 0].to(q_THK.dtype), sin_T1F[:, 0].to(q_THK.dtype))
+    return apply_rope(q_THK, cos_T1F, sin_T1F), apply_rope(k_TGK, cos_T1F, sin_T1F)
 
 
 def apply_rope(x_THK: torch.Tensor, cos_T1F: torch.Tensor, sin_T1F: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,225 @@
+// What a Llama layer does between its linear layers, for a stream of tokens of many sequences over a paged cache.
+//
+// The cache is [pages, slots, key-value heads, head dimension], fp32 or bf16. Position j of sequence s is slot
+// j % slots of page table[s, j / slots]. A token's results depend on its own sequence only, in every bit: its keys are
+// visited position by position, in steps that begin at position 0.
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+inline void put(float* target, float value) { *target = value; }
+
+inline void put(bfloat16* target, float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    // To nearest, ties to even; NaN stays NaN.
+    target->bits = value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+template <typename Cache>
+void rotate_and_store(
+    float* q, const float* k, const float* v, const float* cosine, const float* sine, const int64_t* sequence,
+    const int64_t* position, const int32_t* table, Cache* keys, Cache* values, int64_t tokens, int64_t heads,
+    int64_t kv_heads, int64_t head_dim, int64_t slots, int64_t table_width
+) {
+    int64_t half = head_dim / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t t = 0; t < tokens; t++) {
+        const float *c = cosine + t * half, *s = sine + t * half;
+        for (int64_t h = 0; h < heads; h++) {
+            float* head = q + (t * heads + h) * head_dim;
+            for (int64_t i = 0; i < half; i++) {
+                float low = head[i], high = head[i + half];
+                head[i] = low * c[i] - high * s[i];
+                head[i + half] = high * c[i] + low * s[i];
+            }
+        }
+        int64_t page = table[sequence[t] * table_width + position[t] / slots];
+        int64_t cell = (page * slots + position[t] % slots) * kv_heads * head_dim;
+        for (int64_t g = 0; g < kv_heads; g++) {
+            const float* head = k + (t * kv_heads + g) * head_dim;
+            Cache* key = keys + cell + g * head_dim;
+            for (int64_t i = 0; i < half; i++) {
+                float low = head[i], high = head[i + half];
+                put(key + i, low * c[i] - high * s[i]);
+                put(key + i + half, high * c[i] + low * s[i]);
+            }
+            for (int64_t i = 0; i < head_dim; i++) put(values + cell + g * head_dim + i, v[(t * kv_heads + g) * head_dim + i]);
+        }
+    }
+}
+
+constexpr int ROWS = 4;
+constexpr int64_t STEP = LANES;  // positions whose scores make up a vector
+
+// Queries of some rows (a token and a query head each) of one key-value head over positions 0..limit of a sequence.
+template <int R, typename Cache>
+void attend_rows(
+    const float* const* q, float* const* out, const int64_t* limit, const Cache* keys, const Cache* values,
+    const int32_t* pages, int64_t head_dim, int64_t slots, int64_t stride, float scale, float* weights, int64_t room
+) {
+    int64_t longest = *std::max_element(limit, limit + R), shortest = *std::min_element(limit, limit + R);
+    // Scores of all positions first: their maximum is known before any exponential.
+    for (int64_t start = 0; start < longest; start += STEP) {
+        Floats sums[R][STEP] = {};
+        for (int64_t j = 0; j < STEP; j++) {
+            int64_t position = std::min(start + j, longest - 1);
+            const Cache* key = keys + (pages[position / slots] * slots + position % slots) * stride;
+            for (int64_t i = 0; i < head_dim; i += LANES) {
+                bool whole = i + LANES <= head_dim;
+                Floats part = whole ? load(key + i) : load_some(key + i, head_dim - i);
+                for (int r = 0; r < R; r++) {
+                    sums[r][j] += part * (whole ? load(q[r] + i) : load_some(q[r] + i, head_dim - i));
+                }
+            }
+        }
+        for (int r = 0; r < R; r++) store(weights + r * room + start, lane_sums(sums[r]) * scale);
+    }
+    float inverse[R];
+    for (int r = 0; r < R; r++) {
+        float* row = weights + r * room;
+        int64_t end = (longest + STEP - 1) / STEP * STEP;
+        float peak = row[0];
+        for (int64_t j = 1; j < limit[r]; j++) peak = std::max(peak, row[j]);
+        Floats sum = {};
+        for (int64_t j = 0; j < end; j += STEP) {
+            Floats part = exponential(load(row + j) - peak);
+            for (int64_t lane = std::max<int64_t>(limit[r] - j, 0); lane < STEP; lane++) part[lane] = 0.0f;
+            store(row + j, part);
+            sum += part;
+        }
+        inverse[r] = 1.0f / total(sum);
+    }
+    for (int64_t i = 0; i < head_dim; i += LANES) {
+        bool whole = i + LANES <= head_dim;
+        Floats sums[R] = {};
+        for (int64_t j = 0; j < longest; j++) {
+            const Cache* value = values + (pages[j / slots] * slots + j % slots) * stride + i;
+            Floats part = whole ? load(value) : load_some(value, head_dim - i);
+            for (int r = 0; r < R; r++) {
+                // Not by a weight of 0: that would spread a NaN of a position after the row's last.
+                if (j < shortest || j < limit[r]) sums[r] += part * weights[r * room + j];
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            Floats result = sums[r] * inverse[r];
+            whole ? store(out[r] + i, result) : store_some(out[r] + i, result, head_dim - i);
+        }
+    }
+}
+
+template <typename Cache>
+void attend(
+    const float* q, float* out, const int64_t* sequence, const int64_t* position, const int32_t* table,
+    const Cache* keys, const Cache* values, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim,
+    int64_t slots, int64_t table_width, float scale
+) {
+    int64_t group = heads / kv_heads, stride = kv_heads * head_dim;
+    // Tokens that follow one another in a sequence share what is read of the cache.
+    std::vector<int64_t> starts;
+    for (int64_t t = 0; t < tokens; t++) {
+        if (t == 0 || sequence[t] != sequence[t - 1] || t - starts.back() == std::max<int64_t>(1, 2 * ROWS / group)) {
+            starts.push_back(t);
+        }
+    }
+    starts.push_back(tokens);
+    int64_t runs = int64_t(starts.size()) - 1;
+#pragma omp parallel
+    {
+        std::vector<float> weights;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < runs * kv_heads; task++) {
+            int64_t run = task / kv_heads, g = task % kv_heads, first = starts[run];
+            int64_t rows = (starts[run + 1] - first) * group;
+            const int32_t* pages = table + sequence[first] * table_width;
+            int64_t room = (position[starts[run + 1] - 1] + STEP) / STEP * STEP;
+            weights.resize(ROWS * room);
+            for (int64_t row = 0; row < rows; row += ROWS) {
+                const float* q_rows[ROWS];
+                float* out_rows[ROWS];
+                int64_t limit[ROWS];
+                int count = int(std::min<int64_t>(ROWS, rows - row));
+                for (int r = 0; r < count; r++) {
+                    int64_t t = first + (row + r) / group, h = g * group + (row + r) % group;
+                    q_rows[r] = q + (t * heads + h) * head_dim;
+                    out_rows[r] = out + (t * heads + h) * head_dim;
+                    limit[r] = position[t] + 1;
+                }
+                const Cache *key = keys + g * head_dim, *value = values + g * head_dim;
+                auto go = count == 4   ? attend_rows<4, Cache>
+                          : count == 3 ? attend_rows<3, Cache>
+                          : count == 2 ? attend_rows<2, Cache>
+                                       : attend_rows<1, Cache>;
+                go(q_rows, out_rows, limit, key, value, pages, head_dim, slots, stride, scale, weights.data(), room);
+            }
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x / rms(x) * weight for each row; the weight is fp32.
+void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t row = 0; row < rows; row++) {
+        const float* source = x + row * width;
+        Floats squares = {};
+        int64_t i = 0;
+        for (; i + LANES <= width; i += LANES) squares += load(source + i) * load(source + i);
+        if (i < width) squares += load_some(source + i, width - i) * load_some(source + i, width - i);
+        float factor = 1.0f / std::sqrt(total(squares) / float(width) + eps);
+        for (i = 0; i < width; i++) out[row * width + i] = source[i] * factor * weight[i];
+    }
+}
+
+// silu(gate) * up, into gate.
+void silu_product(float* gate, const float* up, int64_t count) {
+    constexpr int64_t CHUNK = 4096;
+#pragma omp parallel for schedule(static)
+    for (int64_t start = 0; start < count; start += CHUNK) {
+        int64_t end = std::min(count, start + CHUNK), i = start;
+        for (; i < end; i += LANES) {
+            bool whole = i + LANES <= end;
+            Floats x = whole ? load(gate + i) : load_some(gate + i, end - i);
+            Floats y = whole ? load(up + i) : load_some(up + i, end - i);
+            // exp of the negative magnitude never overflows.
+            Floats e = exponential(x < Floats{} ? x : -x);
+            Floats result = x * y * (x < Floats{} ? e : broadcast(1.0f)) / (e + 1.0f);
+            whole ? store(gate + i, result) : store_some(gate + i, result, end - i);
+        }
+    }
+}
+
+#define CACHE_FUNCTIONS(name, Cache)                                                                                \
+    void rotate_and_store_##name(                                                                                  \
+        float* q, const float* k, const float* v, const float* cosine, const float* sine, const int64_t* sequence, \
+        const int64_t* position, const int32_t* table, Cache* keys, Cache* values, int64_t tokens, int64_t heads,  \
+        int64_t kv_heads, int64_t head_dim, int64_t slots, int64_t table_width                                     \
+    ) {                                                                                                            \
+        rotate_and_store(                                                                                          \
+            q, k, v, cosine, sine, sequence, position, table, keys, values, tokens, heads, kv_heads, head_dim,     \
+            slots, table_width                                                                                     \
+        );                                                                                                         \
+    }                                                                                                              \
+    void attend_##name(                                                                                            \
+        const float* q, float* out, const int64_t* sequence, const int64_t* position, const int32_t* table,        \
+        const Cache* keys, const Cache* values, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, \
+        int64_t slots, int64_t table_width, float scale                                                            \
+    ) {                                                                                                            \
+        attend(                                                                                                    \
+            q, out, sequence, position, table, keys, values, tokens, heads, kv_heads, head_dim, slots, table_width, \
+            scale                                                                                                  \
+        );                                                                                                         \
+    }
+
+CACHE_FUNCTIONS(fp32, float)
+CACHE_FUNCTIONS(bf16, bfloat16)
+
+}
