@@ -1,8 +1,8 @@
 """Which implementation a call gets, and which architecture a launch is tuned for.
 
-GPU tensors (CUDA and ROCm) go to Triton, all others to the PyTorch twin. `impl="triton"` or `impl="torch"`, or the
-same words in the environment variable UMEDTRAIN_KERNELS, override that; the argument wins. Nothing here looks at a
-GPU before a tensor that lives on one is passed in.
+GPU tensors (CUDA and ROCm) go to Triton where it is installed, all others to the PyTorch twin. `impl="triton"` or
+`impl="torch"`, or the same words in the environment variable UMEDTRAIN_KERNELS, override that; the argument wins.
+Nothing here looks at a GPU before a tensor that lives on one is passed in.
 """
 
 import os
@@ -32,7 +32,7 @@ def use_triton(tensor: torch.Tensor, impl: Impl | None = None) -> bool:
     if choice not in ("auto", "triton", "torch"):
         source = "impl" if impl else f"environment variable {VARIABLE}"
         raise ValueError(f"{source} is {choice!r}; it must be 'auto', 'triton' or 'torch'")
-    if choice == "torch" or (choice == "auto" and tensor.device.type != "cuda"):
+    if choice == "torch" or (choice == "auto" and (tensor.device.type != "cuda" or not HAS_TRITON)):
         return False
     if not HAS_TRITON:
         raise ValueError("the Triton kernels need the package `triton`; install it or use impl='torch'")

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.ranks import run_ranks
 
-ROWS, HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE = 4, 24, 3, 8, 40
+ROWS, HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, VOCAB = 4, 24, 3, 8, 40, 11
 RUNS = [
     ("torch", torch.float32, False),
     ("triton", torch.float32, False),
@@ -44,8 +44,25 @@ class Layer(nn.Module):
         return x_TD + swiglu_down(gate_TF, up_TF, self.down, impl=self.impl)
 
 
+class Head(nn.Module):
+    """Both ways from hidden states to a loss, through one weight."""
+
+    def __init__(self, impl):
+        super().__init__()
+        self.impl = impl
+        self.weight = nn.Parameter(torch.empty(VOCAB, HIDDEN))
+
+    def forward(self, x_TD, targets_T, weights_T):
+        from umedtrain.kernels.cross_entropy import cross_entropy
+        from umedtrain.kernels.linear_loss import linear_cross_entropy
+
+        loss_T = cross_entropy(x_TD @ self.weight.T, targets_T, impl=self.impl)
+        fused = linear_cross_entropy(x_TD, self.weight, targets_T, weights_T, impl=self.impl)
+        return (loss_T * weights_T).sum() + 2 * fused
+
+
 def build(impl):
-    model = nn.ModuleList(Layer(impl) for _ in range(2))
+    model = nn.ModuleList([Layer(impl), Layer(impl), Head(impl)])
     generator = torch.Generator().manual_seed(5)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -64,9 +81,10 @@ def loss_of(model, rows_TD, weights_TD, dtype):
 
     tables = rope_tables(rope_frequencies(HEAD_DIM, 10000.0), torch.arange(ROWS) * 7)
     x_TD = rows_TD.to(dtype)
-    for layer in model:
+    *layers, head = model
+    for layer in layers:
         x_TD = layer(x_TD, *tables)
-    return (x_TD.float() * weights_TD).sum()
+    return (x_TD.float() * weights_TD).sum() + head(x_TD, torch.tensor([3, -100, 0, 10]), weights_TD[:, 0])
 
 
 def sharded_gradients(world, impl, dtype, checkpointing):

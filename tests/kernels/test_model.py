@@ -115,6 +115,20 @@ def test_activation_checkpointing_changes_no_bit(forced):
         assert_bitwise_equal(got, expected[name], name)
 
 
+def test_compiles_whole(forced):
+    forced()
+    model, (layout, tokens, *_) = build(), batch()
+    weights = torch.randn(len(tokens), CONFIG.hidden_size)
+    eager = model(tokens, layout)  # which makes the layout's tables, on the host
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, layout)
+    assert_bitwise_equal(compiled.detach(), eager.detach())
+    parameters = [p for name, p in model.named_parameters() if name != "lm_head.weight"]
+    for ours, theirs in zip(
+        *(torch.autograd.grad((y * weights).sum(), parameters) for y in (compiled, eager)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 def test_other_documents_leave_no_trace(forced):
     """The packed stream with another first document: the last one's hidden states keep their bits."""
     forced()

@@ -320,3 +320,15 @@ def test_an_argument_in_double_precision_is_found():
     assert lint("module {\n  tt.func public @k(%x: f64) {\n  }\n}") == [
         Finding("float64", "an argument is in double precision")
     ]
+
+
+def test_every_kernel_of_the_package_has_a_budget_for_every_target():
+    """Kernels are the jitted functions without a result that are named as such; the others are parts of them."""
+    kernels = set()
+    for path in (ROOT / "kernels").glob("*.py"):
+        kernels.update(re.findall(r"@triton\.jit(?:\(.*\))?\ndef (_\w+_kernel)\(", path.read_text(encoding="utf-8")))
+    assert len(kernels) > 20
+    limits = read_budgets()
+    assert {kernel for _, kernel in limits} == kernels
+    for (module, kernel), budget in limits.items():
+        assert budget.limits.keys() == capture.TARGETS.keys(), f"{module}.{kernel}"

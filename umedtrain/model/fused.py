@@ -13,8 +13,11 @@ def kernels_for(x: torch.Tensor) -> ModuleType | None:
     """`umedtrain.kernels` if operations on `x` are to use it, None for PyTorch's operators.
 
     UMEDTRAIN_KERNELS=torch or =triton overrides what the device says (see `umedtrain.kernels`). The kernels are
-    imported only where they are used: Triton takes half a second to load, which a run on a CPU need not pay.
+    imported only where they are used: Triton takes half a second to load, which a run on a CPU need not pay. They do
+    not take float64.
     """
+    if x.dtype == torch.float64:
+        return None
     if not x.is_cuda and os.environ.get("UMEDTRAIN_KERNELS", "auto") in ("auto", "torch"):
         return None
     from umedtrain import kernels
