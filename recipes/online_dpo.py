@@ -2,11 +2,11 @@
 
     torchrun --nproc-per-node 8 recipes/online_dpo.py recipes/configs/llama3_8b/online_dpo.toml --rounds 2
 
-In each round the policy answers every prompt with the weights that are in memory, a reward model (or a checker that
-knows the right answers) judges the answers, and the policy learns from a pair of answers to each prompt, as
-recipes/dpo.py does. What a round did stays in OUTPUT/round-K:
+In each round the policy answers every prompt with the weights that are in memory, a judge (a reward model, a checker
+that knows the right answers, or a program of yours) gives the answers rewards, and the policy learns from a pair of
+answers to each prompt, with any loss of recipes/dpo.py. What a round did stays in OUTPUT/round-K:
 
-    answers/, rewards/    every answer that was sampled, and what the reward model says of it
+    answers/, rewards/    every answer that was sampled, and what the judge says of it
     answers.json          their mean reward, before the round's training, and why prompts gave no pair
     pairs.jsonl           the pairs
     reference/, metrics.jsonl, checkpoints/, summary.json    as of recipes/dpo.py
@@ -17,6 +17,7 @@ in OUTPUT/export.
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -35,9 +36,9 @@ from umedtrain.distributed.sharding import gather_model
 from umedtrain.distributed.world import World
 from umedtrain.evaluation.questions import read_questions
 from umedtrain.evaluation.rewards import summarize_rewards
-from umedtrain.evaluation.scoring import cached_rewards, check_reward_model, load_reward_model
+from umedtrain.evaluation.scoring import cached_rewards, check_reward_model, command_rewards, load_reward_model
 from umedtrain.model.llama import Llama
-from umedtrain.recipes.dpo import PairTrainingConfig, learn, pair_loss
+from umedtrain.recipes.dpo import PairTrainingConfig, check_loss, learn
 from umedtrain.records import Prompt, read_prompts, write_jsonl
 from umedtrain.sampling import Sampler
 from umedtrain.sampling.rollout import Row, rollout, sampling_params
@@ -56,9 +57,13 @@ class OnlineDPOConfig(PairTrainingConfig):
     """Folder of the run."""
     rounds: int = 1
     """Rounds, each with an optimizer and a learning-rate schedule of its own."""
-    judge: Literal["reward_model", "answer"] = "reward_model"
-    """What an answer's reward is: what `reward_model` says of it, or 1 if its final answer is the prompt's reference
-    answer and 0 if not."""
+    judge: Literal["reward_model", "answer", "command"] = "reward_model"
+    """What an answer's reward is: what `reward_model` says of it; 1 if its final answer is the prompt's reference
+    answer and 0 if not; or what `judge_command` says."""
+    judge_command: tuple[str, ...] = ()
+    """Program and arguments, run once a round with two more: a file of rows {id, messages, completions, answer}, where
+    `answer` is the prompt's reference answer, and the file to write, a row {"rewards": [a number per completion]} for
+    a row."""
     reward_model: str = ""
     """Checkpoint of the reward model. It is given the answers' text, by its own tokenizer."""
     reward_template: Literal["auto", "llama3", "llama3.1", "chatml", "plain"] = "auto"
@@ -119,10 +124,11 @@ def check(config: OnlineDPOConfig) -> None:
         raise ValueError("checkpoint.every_steps must be at least 1: a round begins with the last one's checkpoint")
     if config.judge == "reward_model":
         check_reward_model(config.reward_model)
-    else:
+    elif config.judge == "answer":
         read_all(read_questions, config)
-    one = torch.ones(1)
-    pair_loss(config.dpo)((-one, -one), (-one, -one), (one, one))
+    elif not config.judge_command or shutil.which(config.judge_command[0]) is None:
+        raise ValueError(f"judge_command {list(config.judge_command)} names no program that can be run")
+    check_loss(config.dpo)
 
 
 def read_all(read: Callable[[str], list[Record]], config: OnlineDPOConfig) -> list[Record]:
@@ -184,9 +190,20 @@ def play_round(
 def judge(
     config: OnlineDPOConfig, prompts: Sequence[Prompt], rows: Sequence[Row], folder: Path, world: World
 ) -> list[list[float]]:
-    """The reward of every answer; a reward model's are kept in `folder`."""
+    """The reward of every answer; those that a model or a program computed are kept in `folder`."""
     if config.judge == "answer":
         return checked_rewards(read_all(read_questions, config), rows)
+    if config.judge == "command":
+        asked = [
+            {
+                "id": prompt.id,
+                "messages": prompt.messages,
+                "completions": [answer["text"] for answer in row["answers"]],
+                "answer": prompt.answer,
+            }
+            for prompt, row in zip(prompts, rows, strict=True)
+        ]
+        return command_rewards(config.judge_command, asked, folder, world)
     tokenizer = load_tokenizer(config.reward_model)
     model = load_reward_model(config.reward_model, dtype=getattr(torch, config.parallel.dtype), device=world.device)
     build.check_vocabulary(tokenizer, model.config, config.reward_model)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -318,6 +319,92 @@ def test_a_checker_for_a_judge(made, world, tmp_path):
     assert not (folder / "rewards").exists()
 
 
+JUDGE = """
+import json, sys
+asked, answer = sys.argv[-2:]
+rows = [json.loads(line) for line in open(asked)]
+assert rows[0]["messages"][-1]["role"] == "user" and rows[0]["answer"] in "ABCD"
+with open(answer, "w") as file:
+    for row in rows:
+        print(json.dumps({"rewards": [text.count("e") / (1 + len(text)) for text in row["completions"]]}), file=file)
+"""
+
+
+def commanded(made, output, program, **changes):
+    data = DataConfig(files=(str(made / "questions.jsonl"),), max_tokens=400)
+    changes = {"rounds": 1, "data": data, **changes}
+    command = (sys.executable, "-c", program)
+    return config_of(made, output, judge="command", judge_command=command, reward_model="", **changes)
+
+
+def test_a_program_for_a_judge_is_asked_once_a_round(made, world, tmp_path, monkeypatch):
+    config = commanded(made, tmp_path / "run", JUDGE)
+    with monkeypatch.context() as patch:
+        dies_at(patch, online_dpo, "write_jsonl", 1)
+        with pytest.raises(Killed):
+            online_dpo.run(config, world)
+    rewards = tmp_path / "run" / "round-1" / "rewards"
+    before = (rewards / "rewards.jsonl").stat().st_mtime_ns
+    online_dpo.run(config, world)
+    assert (rewards / "rewards.jsonl").stat().st_mtime_ns == before
+    assert sorted(path.name for path in rewards.iterdir()) == ["rewards.jsonl", "to_judge.jsonl"]
+    pairs = read_preferences(tmp_path / "run" / "round-1" / "pairs.jsonl")
+    for pair in pairs:
+        for side in ("chosen", "rejected"):
+            text = getattr(pair, side)
+            assert pair.metadata[side]["score"] == text.count("e") / (1 + len(text))
+        assert pair.metadata["chosen"]["score"] > pair.metadata["rejected"]["score"]
+    assert len(pairs) > PROMPTS / 2
+
+
+PROGRAMS = {
+    "import sys; sys.exit('no key for the service')": "ended with exit code 1: no key for the service",
+    "import sys; open(sys.argv[-1], 'w').write('')": "rewards.partial.jsonl",
+    "import sys; open(sys.argv[-1], 'w').write('{}\\n')": f"holds 1 rows of rewards, and {PROMPTS} were asked for",
+    JUDGE.replace('text.count("e") /', '"high" or'): "line 1, rewards: must be 5 finite numbers",
+    JUDGE.replace("text.count", "float('nan') or text.count"): "line 1, rewards: must be 5 finite numbers",
+    JUDGE.replace('["completions"]]', '["completions"][1:]]'): "line 1, rewards: must be 5 finite numbers",
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_program_that_does_not_judge_is_one_sentence(made, world, tmp_path, program):
+    with pytest.raises(ValueError) as error:
+        online_dpo.run(commanded(made, tmp_path / "run", program), world)
+    assert PROGRAMS[program] in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "round-1" / "rewards" / "rewards.jsonl").exists()
+
+
+def test_rewards_of_other_answers_are_not_taken(made, world, tmp_path):
+    config = commanded(made, tmp_path / "run", JUDGE, batch=BatchConfig(2, 400, max_steps=1))
+    online_dpo.run(config, world)
+    folder = tmp_path / "run" / "round-1"
+    shutil.rmtree(folder / "answers")
+    for left in (tmp_path / "run" / "config.toml", tmp_path / "run" / "summary.json", folder / "summary.json"):
+        left.unlink()
+    (folder / "pairs.jsonl").unlink()
+    other = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, seed=6))
+    with pytest.raises(ValueError, match=r"rewards\.jsonl: holds rewards of other answers; remove it"):
+        online_dpo.run(other, world)
+
+
+def test_rounds_of_kto(made, whole, world, tmp_path):
+    loss = dpo.LossConfig("kto", beta=0.3, undesirable_weight=0.5)
+    runs = {kind: tmp_path / kind for kind in ("cache", "model")}
+    for kind, folder in runs.items():
+        online_dpo.run(config_of(made, folder, dpo=dataclasses.replace(loss, reference=kind)), world)
+    assert_same_run(runs["cache"], runs["model"])
+    assert (runs["cache"] / "round-1" / "pairs.jsonl").read_bytes() == (whole / "round-1" / "pairs.jsonl").read_bytes()
+    assert weights_of(runs["cache"]) != weights_of(whole)
+    for name in ("round-1", "round-2"):
+        first, *later = rows_of(runs["cache"] / name / "metrics.jsonl")
+        # Policy and reference are the same: every answer's loss is half its weight.
+        assert (first["loss"], first["kl"]) == (pytest.approx((0.5 + 0.25) / 2), 0.0)
+        assert all(row["kl"] != 0.0 for row in later)
+        assert (runs["cache"] / name / "reference-mismatched").exists()
+
+
 def test_a_length_penalty_outweighs_the_reward(made, world, tmp_path):
     batch = BatchConfig(examples=2, micro_batch_tokens=400, max_steps=1)
     loss = dpo.LossConfig(loss="simpo", beta=2.0, reference="none")
@@ -355,6 +442,9 @@ SETTINGS = {
     "reward_model is empty": {"reward_model": ""},
     "beta": {"dpo": dpo.LossConfig(beta=0.0)},
     "dpo.reference is 'none'": {"dpo": dpo.LossConfig(reference="none")},
+    "judge_command [] names no program": {"judge": "command"},
+    "judge_command ['nowhere', 'x'] names no program": {"judge": "command", "judge_command": ("nowhere", "x")},
+    "dpo.beta must be positive": {"dpo": dpo.LossConfig("kto", beta=-1.0)},
     "is a language model, not a reward model": {"reward_model": "{made}/sft/export"},
     "line 1, answer: is missing, so the question cannot be graded": {"judge": "answer"},
 }

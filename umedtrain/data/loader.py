@@ -61,8 +61,8 @@ class Loader:
         assert 0 <= rank < num_ranks
         self.mixture = Mixture([len(examples) for examples in examples_by_source], weights, seed, shuffle=shuffle)
         self.batch_size, self.max_tokens, self.rank, self.num_ranks = batch_size, max_tokens, rank, num_ranks
-        self._examples = [example for examples in examples_by_source for example in examples]
-        self._lengths = [example.num_tokens for example in self._examples]
+        self.examples = [example for examples in examples_by_source for example in examples]
+        self._lengths = [example.num_tokens for example in self.examples]
         self._check_lengths()
         self._digest = _content_digest(examples_by_source)
         self._epoch = lru_cache(maxsize=2)(self.mixture.epoch)
@@ -97,7 +97,7 @@ class Loader:
         lengths = [self._lengths[index] for index in examples]
         plan = pack(lengths, max_tokens=self.max_tokens, num_ranks=self.num_ranks)[self.rank]
         shares = [[examples[place] for place in micro_batch] for micro_batch in plan]
-        return [collate([self._examples[number] for number in share], share) for share in shares]
+        return [collate([self.examples[number] for number in share], share) for share in shares]
 
     def state_dict(self) -> dict[str, Any]:
         """What, beside the step's number, decides what a step sees. Equal on all ranks and at all steps."""
@@ -127,7 +127,7 @@ class Loader:
     def _check_lengths(self) -> None:
         longest = int(np.argmax(self._lengths))
         if self._lengths[longest] > self.max_tokens:
-            example = self._examples[longest]
+            example = self.examples[longest]
             raise ValueError(
                 f"{example.source}, line {example.line}: the example has {self._lengths[longest]} tokens, more than "
                 f"a micro-batch of {self.max_tokens}; raise batch.micro_batch_tokens or lower data.max_tokens"

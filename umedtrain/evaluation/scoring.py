@@ -1,8 +1,9 @@
-"""Rewards of answers by a reward model: each prompt is computed once for all of its answers."""
+"""Rewards of answers: by a reward model, each prompt computed once for all of its answers, or by another program."""
 
 import hashlib
 import json
 import math
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from umedtrain.distributed.part_files import PartFiles
 from umedtrain.distributed.world import World
+from umedtrain.files import read_rows, write_jsonl
 from umedtrain.model.heads import RewardModel
 from umedtrain.model.layout import Layout
 from umedtrain.weights import load_model, open_checkpoint
@@ -151,6 +153,69 @@ def cached_rewards(
     rows = parts.rows()
     assert [row["index"] for row in rows] == list(range(len(prompts)))
     return [row["rewards"] for row in rows]
+
+
+def command_rewards(
+    command: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path, world: World
+) -> list[list[float]]:
+    """The rewards that another program gives to the answers. Collective; rank 0 runs it, every rank gets the rewards.
+
+    The program is called with two more arguments: FOLDER/to_judge.jsonl with `rows`, and the name of a file that it is
+    to write, a row {"rewards": [number per answer]} for a row, in the same order. What it wrote becomes
+    FOLDER/rewards.jsonl when it is whole and right, and is not asked for again.
+
+    Args:
+        command: program and arguments, run without a shell.
+        rows: what it is given; each with a list of texts, "completions".
+        folder: made if it is not there.
+        world: the ranks.
+
+    Raises:
+        ValueError: on every rank, when the program fails, or does not write a finite number for every answer.
+    """
+    problem, rewards = None, []
+    if world.is_main:
+        try:
+            rewards = _ask(command, rows, folder)
+        except (ValueError, OSError) as error:
+            problem = str(error)
+    problem, rewards = world.gather((problem, rewards))[0]
+    if problem:
+        raise ValueError(problem)
+    return rewards
+
+
+def _ask(command: Sequence[str], rows: Sequence[Mapping[str, Any]], folder: Path) -> list[list[float]]:
+    result, asked, partial = (folder / f"{name}.jsonl" for name in ("rewards", "to_judge", "rewards.partial"))
+    if result.exists():
+        if [row.values for row in read_rows(asked)] != json.loads(json.dumps(rows)):
+            raise ValueError(f"{result}: holds rewards of other answers; remove it")
+        return _read_rewards(result, rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial.unlink(missing_ok=True)
+    write_jsonl(asked, rows)
+    process = subprocess.run([*command, str(asked), str(partial)], stderr=subprocess.PIPE, text=True)
+    if process.returncode:
+        last = process.stderr.strip().splitlines()[-1:]
+        raise ValueError(f"{command[0]} ended with exit code {process.returncode}: {''.join(last)}")
+    rewards = _read_rewards(partial, rows)
+    partial.replace(result)
+    return rewards
+
+
+def _read_rewards(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    found = list(read_rows(path))
+    if len(found) != len(rows):
+        raise ValueError(f"{path}: holds {len(found)} rows of rewards, and {len(rows)} were asked for")
+    rewards = []
+    for row, asked in zip(found, rows, strict=True):
+        values = row.optional("rewards", list, "a list of numbers") or []
+        wanted = len(asked["completions"])
+        numbers = [value for value in values if isinstance(value, int | float) and not isinstance(value, bool)]
+        if not len(values) == len(numbers) == wanted or not all(map(math.isfinite, numbers)):
+            row.fail("rewards", f"must be {wanted} finite numbers, one for each answer")
+        rewards.append([float(value) for value in numbers])
+    return rewards
 
 
 def _score(

@@ -98,6 +98,7 @@ def train_step(
         sum(b.num_targets for b in batches),
     ]
     count, tokens, targets = world.sum(local)
+    task = task.at_step(model, step)
     sums: dict[str, torch.Tensor] = {}
     for batch in batches:
         loss_sum, metric_sums = task(model, batch)

@@ -17,7 +17,7 @@ from umedtrain.data.loader import Loader
 from umedtrain.distributed.part_files import PartFiles
 from umedtrain.distributed.sharding import copy_sharded, reshard
 from umedtrain.distributed.world import World
-from umedtrain.training.tasks import Reference, answer_logprobs
+from umedtrain.training.tasks import KLEstimate, Reference, answer_logprobs
 
 
 def frozen_reference(model: nn.Module, *, chunk_bytes: int) -> Reference:
@@ -114,6 +114,29 @@ def cached_reference(
     values = {row["index"]: row["logprobs"] for row in parts.rows()}
     assert done <= values.keys()
     return _lookup(values)
+
+
+def kl_estimate(loader: Loader, reference: Reference, world: World, *, chunk_bytes: int) -> KLEstimate:
+    """The mean of log pi - log ref over a step's answers of `loader`, over all its ranks and micro-batches.
+
+    Args:
+        loader: see `umedtrain.data.mismatched`. Its steps begin anew when they are through.
+        reference: of the same loader's batches.
+        world: the ranks that share the steps.
+        chunk_bytes: see `token_logprobs`.
+    """
+
+    @torch.no_grad()
+    def estimate(model: nn.Module, step: int) -> float:
+        total, count = 0.0, 0.0
+        for batch in loader.batch(step % loader.num_steps):
+            batch = batch.to(world.device)
+            ratios_A = answer_logprobs(model, batch, chunk_bytes=chunk_bytes) - reference(batch)
+            total, count = total + float(ratios_A.double().sum()), count + len(ratios_A)
+        total, count = world.sum([total, count])
+        return total / count
+
+    return estimate
 
 
 def _rows(batch: Batch, values_A: Sequence[float]) -> list[dict]:

@@ -4,7 +4,7 @@ Shape suffixes: T tokens, D hidden size, N targets, S segments, A answers, P pai
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,8 +18,11 @@ Reference = Callable[[Batch], torch.Tensor]
 """From a batch to the log-probability of each of its answers under the reference model, fp32 [A]."""
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A value of each pair's better answer and one of its worse: [P] and [P]."""
-PairLoss = Callable[[Pair, Pair | None, Pair], torch.Tensor]
-"""From policy log-probabilities, reference log-probabilities and lengths in tokens to a loss per pair, fp32 [P]."""
+PairLoss = Callable[..., torch.Tensor]
+"""From policy log-probabilities (`Pair`), reference log-probabilities (`Pair` or None) and lengths in tokens (`Pair`)
+to a loss per pair, fp32 [P]; `kl` is the step's estimate of the KL divergence, for a task that makes one."""
+KLEstimate = Callable[[nn.Module, int], float]
+"""From the policy and a step's number to an estimate of KL(policy || reference), one for all ranks. Collective."""
 Sums = dict[str, torch.Tensor]
 """Metrics as sums over a batch; the loop divides them by the global count."""
 Means = dict[str, float]
@@ -29,6 +32,10 @@ class Task(Protocol):
     """One kind of training. `unit` names what is counted: targets, pairs or prompts."""
 
     unit: str
+
+    def at_step(self, model: nn.Module, step: int) -> "Task":
+        """The task with what a step's loss needs to know of more than one micro-batch. Collective."""
+        ...
 
     def count(self, batch: Batch) -> int:
         """How many units the batch holds; known before the forward pass."""
@@ -69,6 +76,9 @@ class SFTTask:
     chunk_bytes: int = 512 * 2**20
     unit: str = "targets"
 
+    def at_step(self, model: nn.Module, step: int) -> "SFTTask":
+        return self
+
     def count(self, batch: Batch) -> int:
         return batch.num_targets
 
@@ -93,6 +103,8 @@ class PreferenceTask:
             probabilities from sinking together (Pang et al. 2024, arXiv 2404.19733), here per pair and summed over the
             answer's tokens.
         chunk_bytes: see `token_logprobs`.
+        estimate_kl: for a loss that takes `kl`.
+        kl: what it says of the step.
     """
 
     loss: PairLoss
@@ -100,7 +112,12 @@ class PreferenceTask:
     beta: float = 0.1
     nll: float = 0.0
     chunk_bytes: int = 512 * 2**20
+    estimate_kl: KLEstimate | None = None
+    kl: float | None = None
     unit: str = "pairs"
+
+    def at_step(self, model: nn.Module, step: int) -> "PreferenceTask":
+        return replace(self, kl=self.estimate_kl(model, step)) if self.estimate_kl else self
 
     def count(self, batch: Batch) -> int:
         return batch.num_pairs
@@ -116,6 +133,7 @@ class PreferenceTask:
             (chosen_P, rejected_P),
             None if reference_A is None else pairs(reference_A),
             pairs(answer_lengths(batch)),
+            **({} if self.kl is None else {"kl": self.kl}),
         )
         # The last addend keeps a batch without pairs connected to the parameters.
         loss = (loss_P - self.nll * chosen_P).sum() + 0.0 * policy_A.sum()
@@ -128,6 +146,7 @@ class PreferenceTask:
             "reward_rejected": worse_P.sum(),
             "logp_chosen": chosen_P.detach().sum(),
             "logp_rejected": rejected_P.detach().sum(),
+            **({} if self.kl is None else {"kl": torch.full_like(loss_P, self.kl).sum()}),
         }
 
     def report(self, means: Means) -> Means:
@@ -153,6 +172,9 @@ class RewardTask:
     margin_scale: float = 0.0
     center: float = 0.0
     unit: str = "prompts"
+
+    def at_step(self, model: nn.Module, step: int) -> "RewardTask":
+        return self
 
     def count(self, batch: Batch) -> int:
         return batch.num_examples
