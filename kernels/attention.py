@@ -32,6 +32,8 @@ __all__ = ["LARGEST_HEAD_DIM", "AttentionPlan", "attention", "attention_plan"]
 Pair = tuple[torch.Tensor, torch.Tensor]
 Triple = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 LARGEST_HEAD_DIM = 256
+LARGEST_FP32_HEAD_DIM = 128
+"""Of fp32 in the kernels: products outside of tensor cores keep whole rows in registers, and spill beyond this."""
 
 
 def _backward_fake(
@@ -144,7 +146,8 @@ def attention(
         v_TGK: shape and dtype of k.
         plan: from `attention_plan`, on q's device.
         scale: what scores are multiplied by, positive; None means 1 / sqrt(K).
-        impl: "triton" or "torch" instead of what q's device and the environment say. The twin also takes float64.
+        impl: "triton" or "torch" instead of what q's device and the environment say. The twin also takes float64, and
+            fp32 with K above 128 in any case, which no GPU's registers hold.
 
     Returns:
         [T, H, K] in q's dtype, contiguous.
@@ -154,6 +157,7 @@ def attention(
     """
     triton = use_triton(q_THK, impl)
     _check(q_THK, k_TGK, v_TGK, plan, triton)
+    triton = triton and (q_THK.dtype != torch.float32 or q_THK.shape[-1] <= LARGEST_FP32_HEAD_DIM)
     if scale is None:
         scale = q_THK.shape[-1] ** -0.5
     elif not 0.0 < scale < math.inf:

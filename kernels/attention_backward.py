@@ -50,19 +50,19 @@ DQ = {
     "sm_90": (
         (64, Config(128, 128, 64, 8, 2, 1, True)),
         (128, Config(128, 64, 32, 8, 2, 1, True)),
-        (256, Config(64, 32, 32, 8, 2, 1, True)),
+        (256, Config(32, 32, 32, 8, 2, 1, True)),
     ),
     "sm_100": (
         (64, Config(128, 64, 64, 8, 2, 1, True)),
         (128, Config(128, 64, 64, 8, 2, 1, True)),
-        (256, Config(64, 32, 32, 8, 2, 1, True)),
+        (256, Config(32, 32, 32, 8, 1, 1)),
     ),
     "gfx942": (
         (64, Config(64, 64, 32, 4, 1, 1)),
         (128, Config(64, 64, 32, 4, 1, 1)),
         (256, Config(32, 32, 32, 4, 1, 1)),
     ),
-    "fp32": ((256, Config(32, 32, 32, 8, 1, 1)),),
+    "fp32": ((64, Config(32, 32, 32, 8, 1, 1)), (128, Config(16, 16, 16, 8, 1, 1))),
 }
 DKDV = {
     "default": (
@@ -78,14 +78,14 @@ DKDV = {
     "sm_100": (
         (64, Config(64, 128, 64, 8, 2, 1, True)),
         (128, Config(64, 128, 32, 8, 2, 1, True)),
-        (256, Config(32, 64, 32, 8, 2, 1, True)),
+        (256, Config(64, 32, 32, 8, 2, 1, True)),
     ),
     "gfx942": (
         (64, Config(64, 64, 32, 4, 1, 1)),
         (128, Config(32, 64, 32, 4, 1, 1)),
-        (256, Config(32, 32, 32, 4, 1, 1)),
+        (256, Config(16, 32, 16, 4, 1, 1)),
     ),
-    "fp32": ((256, Config(32, 32, 32, 8, 1, 1)),),
+    "fp32": ((64, Config(32, 32, 32, 8, 1, 1)), (128, Config(16, 16, 16, 8, 1, 1))),
 }
 
 
@@ -133,17 +133,17 @@ def _attention_dq_kernel(
     do_ptr += (start + m0) * do_token + head.to(tl.int64) * do_head
     out_ptr += ((start + m0) * H + head) * K
     dq_ptr += ((start + m0) * H + head) * K
-    lse_ptr += head.to(tl.int64) * tokens + start
-    d_ptr += head.to(tl.int64) * tokens + start
+    lse_ptr += head.to(tl.int64) * tokens + start + m0
+    d_ptr += head.to(tl.int64) * tokens + start + m0
     packed_MK = step_M[:, None] * (H * K) + column_K[None, :]
     out_MK = load_rows(out_ptr + packed_MK, row_M, length, column_K, K, BLOCK_K, True)
     do_MK = load_rows(
         do_ptr + step_M[:, None] * do_token + column_K[None, :], row_M, length, column_K, K, BLOCK_K, True
     )
     d_M = tl.sum(out_MK.to(tl.float32) * do_MK.to(tl.float32), 1)
-    tl.store(d_ptr + row_M, d_M, mask=row_M < length)
+    tl.store(d_ptr + step_M, d_M, mask=row_M < length)
     q_MK = load_rows(q_ptr + step_M[:, None] * q_token + column_K[None, :], row_M, length, column_K, K, BLOCK_K, True)
-    lse_M = tl.load(lse_ptr + row_M, mask=row_M < length, other=float("inf"))
+    lse_M = tl.load(lse_ptr + step_M, mask=row_M < length, other=float("inf"))
     dq_MK = tl.zeros((M, BLOCK_K), tl.float32)
 
     step_N = tl.arange(0, N)

@@ -52,14 +52,14 @@ FORWARD = {
     "sm_100": (
         (64, Config(128, 128, 64, 8, 3, 1, True)),
         (128, Config(128, 128, 64, 8, 2, 1, True)),
-        (256, Config(128, 64, 32, 8, 2, 1, True)),
+        (256, Config(64, 32, 32, 8, 2, 1, True)),
     ),
     "gfx942": (
         (64, Config(128, 64, 32, 4, 1, 1)),
         (128, Config(128, 64, 32, 8, 1, 1)),
         (256, Config(64, 32, 32, 4, 1, 1)),
     ),
-    "fp32": ((256, Config(32, 32, 32, 8, 1, 1)),),
+    "fp32": ((64, Config(32, 32, 32, 8, 1, 1)), (128, Config(16, 16, 16, 8, 1, 1))),
 }
 
 
@@ -154,8 +154,8 @@ def _attention_forward_kernel(
     out_ptr += ((start + m0) * H + head) * K
     inside_MK = (row_M[:, None] < length) & (column_K[None, :] < K)
     tl.store(out_ptr + step_M[:, None] * (H * K) + column_K[None, :], out_MK, mask=inside_MK)
-    lse_ptr += head.to(tl.int64) * tokens + start
-    tl.store(lse_ptr + row_M, max_M + tl.log2(sum_M), mask=row_M < length)
+    lse_ptr += head.to(tl.int64) * tokens + start + m0
+    tl.store(lse_ptr + step_M, max_M + tl.log2(sum_M), mask=row_M < length)
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

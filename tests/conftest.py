@@ -1,7 +1,12 @@
 """Settings for all tests."""
 
+import os
+
 import pytest
 import torch
+
+# Whatever imports Triton first decides whether kernels are compiled or, as tests/kernels wants, interpreted.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from umedtrain.distributed.world import finalize, initialize
 from umedtrain.model.config import LlamaConfig, RopeScaling

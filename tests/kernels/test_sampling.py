@@ -1,4 +1,4 @@
-"""`sample`: the twin's tokens, the CPU sampler's, the exact distribution, and rows that do not see each other."""
+"""`sample`: the twin's tokens, the exact distribution, and rows that do not see each other."""
 
 import itertools
 import math
@@ -11,8 +11,6 @@ from tests.kernels.compare import assert_bitwise_equal, misaligned, poisoned, st
 from umedtrain.kernels import sampling
 from umedtrain.kernels.offline.sanitizer import watch
 from umedtrain.kernels.sampling import sample
-from umedtrain.sampling.draw import Policy, choose, derive_keys
-from umedtrain.sampling.params import SamplingParams
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +67,7 @@ def kept_by_sorting(logits_V, temperature, top_k, top_p, min_p):
 @pytest.mark.parametrize(
     ("vocab", "dtype"), [(1, torch.float32), (3, torch.float16), (97, torch.bfloat16), (517, torch.float32)]
 )
-def test_kernel_and_twin_and_the_cpu_sampler_draw_the_same_tokens(vocab, dtype):
+def test_kernel_and_twin_draw_the_same_tokens(vocab, dtype):
     logits_BV = (torch.randn(14, vocab) * 3).to(dtype)
     given = mixed(14)
     with poisoned():
@@ -82,20 +80,6 @@ def test_kernel_and_twin_and_the_cpu_sampler_draw_the_same_tokens(vocab, dtype):
     assert (ours.logprobs_B - exact_B).abs().max() <= 1e-6 * logits_BV.abs().max().clamp(min=1)
 
 
-@pytest.mark.parametrize("vocab", [2, 61, 1000])
-def test_tokens_are_the_cpu_samplers(vocab):
-    logits_BV = torch.randn(300, vocab).mul_(3).bfloat16().float()
-    given = mixed(300) | {"min_p_B": torch.zeros(300)}
-    columns = [given[name].tolist() for name in ("temperature_B", "top_k_B", "top_p_B")]
-    rows = [SamplingParams(temperature=t, top_k=k, top_p=p) for t, k, p in zip(*columns, strict=True)]
-    wanted_B = choose(
-        logits_BV, derive_keys(given["seeds_B"], given["positions_B"]), Policy.of(rows, vocab, torch.device("cpu"))
-    )
-    assert sample(logits_BV, **given, impl="torch").tokens_B.tolist() == wanted_B.tolist()
-    few = {name: x_B[:7] for name, x_B in given.items()}
-    assert sample(logits_BV[:7], **few, impl="triton").tokens_B.tolist() == wanted_B[:7].tolist()
-
-
 @pytest.mark.parametrize("kind", range(1, 7))
 def test_probabilities_are_those_of_a_sorted_vocabulary(kind):
     """Tokens outside of the set never come, those inside with their probabilities, which are also what is reported."""
@@ -105,7 +89,7 @@ def test_probabilities_are_those_of_a_sorted_vocabulary(kind):
     if one["temperature_B"] == 0:
         one["temperature_B"] = torch.tensor(0.9)
     given = {name: x.expand(rows) for name, x in one.items()}
-    given["seeds_B"] = derive_keys(torch.tensor([kind]), torch.arange(rows))
+    given["positions_B"] = torch.arange(rows)
     drawn = sample(logits_V.expand(rows, vocab), **given, impl="torch")
     exact = kept_by_sorting(
         logits_V, *(one[name].item() for name in ("temperature_B", "top_k_B", "top_p_B", "min_p_B"))

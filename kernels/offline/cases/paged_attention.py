@@ -12,16 +12,16 @@ _PAGE = 16
 
 
 def cases(shape: LlamaShape) -> dict[str, Callable[[], None]]:
-    """Name -> host code that launches on meta tensors."""
+    """A token of each sequence, a draft of five, and a piece of a prompt."""
     return {
-        "paged_attention_decode": lambda: _decode(shape, 1),
-        "paged_attention_verify": lambda: _decode(shape, 5),
-        "paged_attention_chunk": lambda: _decode(shape, 64),
-        "paged_attention_decode_fp32": lambda: _decode(shape, 1, torch.float32),
+        "paged_attention_decode": lambda: decode(shape, 1),
+        "paged_attention_verify": lambda: decode(shape, 5),
+        "paged_attention_chunk": lambda: decode(shape, 64),
     }
 
 
-def _decode(shape: LlamaShape, queries: int, dtype: torch.dtype = torch.bfloat16) -> None:
+def decode(shape: LlamaShape, queries: int, dtype: torch.dtype = torch.bfloat16) -> None:
+    """The last `queries` tokens of 64 sequences, on meta tensors."""
     pages = shape.tokens // _PAGE
     cache = torch.empty(_SEQUENCES * pages, _PAGE, shape.kv_heads, shape.head_dim, dtype=dtype, device="meta")
     paged_attention(
