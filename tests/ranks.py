@@ -1,10 +1,12 @@
 """Running a function on several gloo ranks from a test."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +26,7 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout)
+        _wait(processes, timeout)
         hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
         for process in processes:
             process.kill()
@@ -37,6 +38,16 @@ def run_ranks(num_ranks: int, function: Callable[..., Any], *args: Any, timeout:
             results.append(value)
         assert not hanging, f"ranks {hanging} did not end"
         return results
+
+
+def _wait(processes: list[multiprocessing.Process], timeout: float, *, grace: float = 20.0) -> None:
+    """Until all have ended, `timeout` is over, or `grace` after one was killed, for which others may wait in vain."""
+    deadline = time.monotonic() + timeout
+    killed = False
+    while (alive := [process for process in processes if process.is_alive()]) and time.monotonic() < deadline:
+        if not killed and any(process.exitcode for process in processes):
+            killed, deadline = True, min(deadline, time.monotonic() + grace)
+        multiprocessing.connection.wait([process.sentinel for process in alive], deadline - time.monotonic())
 
 
 def _main(rank: int, num_ranks: int, port: int, folder: str, function: Callable[..., Any], args: tuple) -> None:

@@ -45,7 +45,7 @@ def test_invariant_5_a_killed_run_resumes_bit_identically(tmp_path, num_ranks, t
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     undisturbed = run_ranks(num_ranks, run, str(whole), task_name, OPTIONS)
     with pytest.raises(AssertionError):
-        run_ranks(num_ranks, killed_run, str(broken), task_name, OPTIONS, kill_step, timeout=20)
+        run_ranks(num_ranks, killed_run, str(broken), task_name, OPTIONS, kill_step)
     resumed = run_ranks(num_ranks, run, str(broken), task_name, OPTIONS)
     assert curve(broken) == curve(whole)
     assert len(curve(whole)) == 15
@@ -130,7 +130,7 @@ def test_soak_kills_at_many_random_moments(tmp_path):
         folder = tmp_path / str(attempt)
         for step in sorted(random.sample(range(1, 15), 3)):
             with pytest.raises(AssertionError):
-                run_ranks(1, killed_run, str(folder), "sft", OPTIONS, step, timeout=20)
+                run_ranks(1, killed_run, str(folder), "sft", OPTIONS, step)
         resumed = run_ranks(1, run, str(folder), "sft", OPTIONS)
         assert curve(folder) == curve(tmp_path / "whole")
         for name, value in undisturbed[0][1].items():
