@@ -46,11 +46,16 @@ setup(
     packages=[
         *find_packages(include=["umedtrain", "umedtrain.*"]),
         "umedtrain.kernels",
+        "umedtrain.kernels.cpu",
         "umedtrain.kernels.offline",
         "umedtrain.kernels.offline.cases",
         "umedtrain.recipes",
     ],
-    package_data={"umedtrain.kernels": ["*.toml"], "umedtrain.recipes": ["configs/*.toml", "configs/*/*.toml"]},
+    package_data={
+        "umedtrain.kernels": ["*.toml"],
+        "umedtrain.kernels.cpu": ["*.cpp", "*.h"],
+        "umedtrain.recipes": ["configs/*.toml", "configs/*/*.toml"],
+    },
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux'",

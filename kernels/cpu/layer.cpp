@@ -74,7 +74,8 @@ void attend_rows(
                 bool whole = i + LANES <= head_dim;
                 Floats part = whole ? load(key + i) : load_some(key + i, head_dim - i);
                 for (int r = 0; r < R; r++) {
-                    sums[r][j] += part * (whole ? load(q[r] + i) : load_some(q[r] + i, head_dim - i));
+                    Floats query = whole ? load(q[r] + i) : load_some(q[r] + i, head_dim - i);
+                    sums[r][j] = multiply_add(part, query, sums[r][j]);
                 }
             }
         }
@@ -103,7 +104,9 @@ void attend_rows(
             Floats part = whole ? load(value) : load_some(value, head_dim - i);
             for (int r = 0; r < R; r++) {
                 // Not by a weight of 0: that would spread a NaN of a position after the row's last.
-                if (j < shortest || j < limit[r]) sums[r] += part * weights[r * room + j];
+                if (j < shortest || j < limit[r]) {
+                    sums[r] = multiply_add(part, broadcast(weights[r * room + j]), sums[r]);
+                }
             }
         }
         for (int r = 0; r < R; r++) {
@@ -172,8 +175,10 @@ void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int
         const float* source = x + row * width;
         Floats squares = {};
         int64_t i = 0;
-        for (; i + LANES <= width; i += LANES) squares += load(source + i) * load(source + i);
-        if (i < width) squares += load_some(source + i, width - i) * load_some(source + i, width - i);
+        for (; i < width; i += LANES) {
+            Floats part = i + LANES <= width ? load(source + i) : load_some(source + i, width - i);
+            squares = multiply_add(part, part, squares);
+        }
         float factor = 1.0f / std::sqrt(total(squares) / float(width) + eps);
         for (i = 0; i < width; i++) out[row * width + i] = source[i] * factor * weight[i];
     }

@@ -34,21 +34,24 @@ inline void tile(
         for (int n = 0; n < N; n++) weights[n] = load(weight + n * inputs + k);
         for (int m = 0; m < M; m++) {
             Floats row = load(x + m * inputs + k);
-            for (int n = 0; n < N; n++) sums[m * N + n] += row * weights[n];
+            for (int n = 0; n < N; n++) sums[m * N + n] = multiply_add(row, weights[n], sums[m * N + n]);
         }
     }
     if (k < inputs) {
         for (int m = 0; m < M; m++) {
             Floats row = load_some(x + m * inputs + k, inputs - k);
-            for (int n = 0; n < N; n++) sums[m * N + n] += row * load_some(weight + n * inputs + k, inputs - k);
+            for (int n = 0; n < N; n++) {
+                Floats weights = load_some(weight + n * inputs + k, inputs - k);
+                sums[m * N + n] = multiply_add(row, weights, sums[m * N + n]);
+            }
         }
     }
     float results[VECTORS];
     for (int first = 0; first < VECTORS; first += LANES) store(results + first, lane_sums(sums + first));
     for (int m = 0; m < M; m++) {
         for (int n = 0; n < N; n++) {
-            float result = results[m * N + n] * (scale ? scale[n] : 1.0f);
-            float* target = y + m * outputs + n;
+            float result = results[m * N + n], *target = y + m * outputs + n;
+            if (scale) result *= scale[n];
             *target = add ? *target + result : result;
         }
     }

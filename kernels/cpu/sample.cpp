@@ -1,5 +1,5 @@
 // The next token of each row of logits: what umedtrain.kernels.sampling describes, in the same integers, so that a CPU
-// and a GPU draw the same token from the same logits. Compiled without contraction to fused multiply-adds.
+// and a GPU draw the same token from the same logits. No product is fused with a sum (see the compiler's flags).
 
 #include <algorithm>
 #include <cmath>

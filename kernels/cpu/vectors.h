@@ -65,6 +65,17 @@ static inline void store_some(float* target, Floats values, int64_t count) {
     std::memcpy(target, &values, count * sizeof(float));
 }
 
+// a * b + c, rounded once where the machine can. The compiler would decide anew at each place, and a row's bits with it.
+static inline Floats multiply_add(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline Floats broadcast(float value) { return value - Floats{}; }
 
 // In every run of 2 * HALF lanes of a, then of b, the lower half plus the upper half.
@@ -111,15 +122,13 @@ static inline Floats exponential(Floats x) {
     x = x > floor_at ? x : floor_at;
     // Adding and taking off 1.5 * 2^23 rounds to the nearest whole number.
     Floats magic = broadcast(12582912.0f);
-    Floats whole = (x * 1.44269504088896341f + magic) - magic;
-    Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+    Floats whole = multiply_add(x, broadcast(1.44269504088896341f), magic) - magic;
+    Floats rest = multiply_add(whole, broadcast(-0.693359375f), x);
+    rest = multiply_add(whole, broadcast(2.12194440e-4f), rest);
+    const float coefficients[] = {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
     Floats p = broadcast(1.9875691500e-4f);
-    p = p * rest + 1.3981999507e-3f;
-    p = p * rest + 8.3334519073e-3f;
-    p = p * rest + 4.1665795894e-2f;
-    p = p * rest + 1.6666665459e-1f;
-    p = p * rest + 5.0000001201e-1f;
-    p = p * rest * rest + rest + 1.0f;
+    for (float coefficient : coefficients) p = multiply_add(p, rest, broadcast(coefficient));
+    p = multiply_add(p, rest * rest, rest + 1.0f);
     Ints exponent = (__builtin_convertvector(whole, Ints) + 127) << 23;
     Floats result = p * (Floats)exponent;
     result = given > floor_at ? result : Floats{};

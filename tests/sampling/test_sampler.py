@@ -253,26 +253,35 @@ def test_the_model_is_left_as_it_was(training):
     model(torch.tensor([1, 2]), Layout.packed([2])).sum().backward()
 
 
+def watched(monkeypatch, model, **options):
+    """A sampler and the numbers of tokens and rows of its passes and projections, and whether these had a graph."""
+    sampler, streamed, projected, graphs = Sampler(model, eos_ids=(), **options), [], [], []
+    decoder = sampler.engine.decoder
+    hidden, logits = decoder.hidden, decoder.logits
+    monkeypatch.setattr(decoder, "hidden", lambda s, cache: streamed.append(len(s.tokens_T)) or hidden(s, cache))
+
+    def project(rows):
+        projected.append(len(rows))
+        result = logits(rows)
+        graphs.append(result.requires_grad)
+        return result
+
+    monkeypatch.setattr(decoder, "logits", project)
+    return sampler, streamed, projected, graphs
+
+
 def test_no_graph_is_built(monkeypatch):
-    model, seen = tiny(), []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda *a, **k: seen.append(forward(*a, **k)) or seen[-1])
-    Sampler(model, eos_ids=()).generate(PROMPTS, SamplingParams(max_tokens=3, seed=1))
-    assert len(seen) == 3
-    assert not any(hidden.requires_grad for hidden in seen)
+    sampler, *_, graphs = watched(monkeypatch, tiny())
+    sampler.generate(PROMPTS, SamplingParams(max_tokens=3, seed=1))
+    assert graphs == [False] * 3
 
 
 def test_only_the_prompts_last_rows_are_projected_and_prompts_run_once(monkeypatch):
-    model, projected, streamed = tiny(), [], []
-    logits, forward = model.logits, model.forward
-    monkeypatch.setattr(model, "logits", lambda hidden: projected.append(len(hidden)) or logits(hidden))
-    monkeypatch.setattr(
-        model, "forward", lambda tokens, *a, **k: streamed.append(len(tokens)) or forward(tokens, *a, **k)
-    )
-    Sampler(model, eos_ids=()).generate(PROMPTS, SamplingParams(max_tokens=4, seed=1, n=5))
+    sampler, streamed, projected, _ = watched(monkeypatch, tiny())
+    sampler.generate(PROMPTS, SamplingParams(max_tokens=4, seed=1, n=5))
     rows = 5 * len(PROMPTS)
     assert projected == [rows] * 4
-    assert streamed == [sum(map(len, PROMPTS))] + [rows] * 3
+    assert streamed == [sum(map(len, PROMPTS)), rows, rows, rows]
 
 
 def test_progress_counts_samples():

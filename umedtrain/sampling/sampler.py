@@ -1,37 +1,48 @@
-"""Sampling from a Llama: the public face. Requests are checked and planned in `batches`, run in `decode`."""
+"""Sampling from a Llama: the public face of `Engine`."""
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from umedtrain.model.llama import Llama
-from umedtrain.sampling.batches import Prompt, check_requests, plan_batches
-from umedtrain.sampling.decode import BatchRun
+from umedtrain.sampling import sequence as in_engine
+from umedtrain.sampling.engine import Engine
 from umedtrain.sampling.params import Output, SamplingParams
+from umedtrain.sampling.requests import Prompt, check_requests
 from umedtrain.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+Scorer = Callable[[list[int], list[Output]], Sequence[float]]
 
 
 class Sampler:
     """Continues prompts with a model, whose weights it reads anew at each call.
 
-    A request's tokens are a function of the weights, its prompt and its parameters: each token is chosen by a
-    hash of (seed, prompt, sample index, position), so neither the other requests of a call, their order, the
-    budgets below nor `n` have a say in it; sample j of n = 4 is sample j of n = 16, and the same prompt with
-    the same seed gets the same answers. This holds up to the rounding of the logits, which may differ in
-    their last bits with the number of rows in a matrix product: where two tokens' logits tie within that
-    rounding (greedy), or a uniform number falls within it of the edge between two tokens or of a truncation,
-    either token may come out. With fp32 weights that is about one token in a million.
+    A request's tokens are a function of the weights, its prompt and its parameters: each token is chosen by a hash of
+    (seed, prompt, sample index, place in the answer), so neither the other requests of a call, their order, the budgets
+    below nor `n` have a say in it; sample j of n = 4 is sample j of n = 16, and the same prompt with the same seed gets
+    the same answers.
+
+    How far that reaches depends on the logits. On a CPU with a C++ compiler, with weights in fp32, bf16 or int8, a
+    token's logits have the same bits in every batch, after a preemption, behind a cached or a fresh prefix, and on any
+    number of threads: tokens and logprobs are equal bit for bit. Elsewhere matrix products of other sizes round
+    otherwise: where two logits tie within that rounding, or a random number falls within it of the edge between two
+    tokens, either may come out; in fp32 for about one token in a million. `exact=True` gives all matrix products the
+    same number of rows and attends token by token; that costs up to 32 times the arithmetic for a single sequence. It
+    has been checked on CPUs only.
+
+    Keys and values of earlier calls are kept and reused as long as no parameter is written to.
 
     Args:
         model: a whole (unsharded) model, on any device, in any floating dtype.
         tokenizer: encodes and decodes text; None when prompts are ids and no text is wanted.
-        eos_ids: ids that end every answer; None for those of the checkpoint (`model.eos_ids`, if there) and
-            of the tokenizer.
-        max_rows: samples in one batch, at most.
-        cache_bytes: memory of one batch's keys and values, at most.
+        eos_ids: ids that end every answer; None for those of the checkpoint (`model.eos_ids`, if there) and of the
+            tokenizer.
+        max_rows: samples that are computed at once, at most.
+        cache_bytes: memory of keys and values, at most.
+        exact: see above.
+        quantize: compute with copies of the projections in so many bits.
 
     Raises:
         ValueError: for a model that is not a language model, or is sharded.
@@ -45,6 +56,8 @@ class Sampler:
         eos_ids: Sequence[int] | None = None,
         max_rows: int = 1024,
         cache_bytes: int = 2 * 2**30,
+        exact: bool = False,
+        quantize: Literal["int8", "int4"] | None = None,
     ) -> None:
         if not isinstance(model, Llama):
             raise ValueError(f"model is a {type(model).__name__}; only a Llama language model can be sampled from")
@@ -55,48 +68,98 @@ class Sampler:
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
         self.model, self.tokenizer = model, tokenizer
-        self.max_rows, self.cache_bytes = max_rows, cache_bytes
         if eos_ids is None:
             eos_ids = (*(getattr(model, "eos_ids", None) or ()), *(tokenizer.eos_ids if tokenizer else ()))
         self.eos_ids = tuple(sorted(set(eos_ids)))
+        options = {"max_rows": max_rows, "cache_bytes": cache_bytes, "exact": exact, "quantize": quantize}
+        self.engine = Engine(model, tokenizer, eos_ids=self.eos_ids, **options)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: Progress | None = None,
+        scorer: Scorer | None = None,
     ) -> list[list[Output]]:
         """`outputs[i][j]` is sample j of prompt i.
 
         Args:
-            prompts: each a list of token ids; or a string, encoded as plain text after the BOS token; or a
-                list of messages, rendered as a chat up to the start of the assistant's turn.
+            prompts: each a list of token ids; or a string, encoded as plain text after the BOS token; or a list of
+                messages, rendered as a chat up to the start of the assistant's turn.
             params: for all prompts, or a list with one for each.
             progress: called with (finished samples, all samples) whenever samples have finished.
+            scorer: with `best_of`: (prompt's ids, its outputs) -> a number each, of which the largest are best; the
+                mean logprob of their tokens if None.
 
         Raises:
-            ValueError: naming the prompt that is empty, too long, not text or ids, or holds an unknown id, or
-                that alone needs more than `cache_bytes`.
+            ValueError: naming the prompt that is empty, too long, not text or ids, or holds an unknown id, or that
+                alone needs more than `cache_bytes`.
         """
-        config = self.model.config
-        requests = check_requests(prompts, params or SamplingParams(), self.tokenizer, config)
-        outputs: list[list] = [[None] * request.params.n for request in requests]
-        numbers_per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        cache_tokens = self.cache_bytes // (numbers_per_token * self.model.lm_head_weight.element_size())
-        batches = plan_batches(requests, max_rows=self.max_rows, max_cache_tokens=cache_tokens)
-        finished_before, total = 0, sum(request.params.n for request in requests)
-        for batch in batches:
-            run = BatchRun(self.model, batch, self.eos_ids)
-            finished = finished_before
-            for finished_here in run.steps():
-                if progress and finished_before + finished_here > finished:
-                    finished = finished_before + finished_here
-                    progress(finished, total)
-            finished_before += sum(piece.count for piece in batch)
-            for index, sample, tokens, logprobs, stopped in run.results():
-                text_tokens = tokens[:-1] if stopped else tokens
-                text = None if self.tokenizer is None else self.tokenizer.decode(text_tokens)
-                outputs[index][sample] = Output(tokens, text, logprobs, "stop" if stopped else "length")
+        requests = check_requests(prompts, params or SamplingParams(), self.tokenizer, self.model.config)
+        for request in requests:
+            self.engine.check_fits(request)
+        # The longest first, so that none of them is left to finish alone.
+        order = sorted(range(len(requests)), key=lambda i: -(len(requests[i].ids) + requests[i].limit))
+        samples = {index: self.engine.submit(requests[index]) for index in order}
+        try:
+            self._run(samples, progress)
+        except BaseException:
+            self.engine.cancel([sequence for sequences in samples.values() for sequence in sequences])
+            raise
+        outputs = []
+        for index, request in enumerate(requests):
+            answers = [self.output(sequence, samples[index][0]) for sequence in samples[index]]
+            outputs.append(_best(answers, request.ids, request.params, scorer))
         return outputs
+
+    def score(self, prompts: Sequence[Prompt]) -> list[list[float | None]]:
+        """Log-probability of each token of the prompts, computed as in `generate`; None for the first."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=True)
+        return [outputs[0].prompt_logprobs for outputs in self.generate(prompts, params)]
+
+    def _run(self, samples: dict[int, list[in_engine.Sequence]], progress: Progress | None) -> None:
+        total = sum(map(len, samples.values()))
+        finished = 0
+        while self.engine.busy:
+            ended = sum(sequence.finished for sequence in self.engine.step())
+            finished += ended
+            if progress and ended:
+                progress(finished, total)
+
+    def output(self, sequence: in_engine.Sequence, first: in_engine.Sequence) -> Output:
+        """What a finished sequence has become; `first` is sample 0 of its request, which scored the prompt."""
+        params, answer = sequence.request.params, sequence.answer
+        return Output(
+            answer,
+            self._text(sequence),
+            sequence.logprobs,
+            "length" if sequence.stop_reason is None else "stop",
+            sequence.draw_logprobs,
+            sequence.stop_reason,
+            sequence.top_logprobs if params.top_logprobs else None,
+            [None, *first.prompt_logprobs] if params.prompt_logprobs else None,
+            [None, *first.prompt_top_logprobs] if params.prompt_logprobs and params.top_logprobs else None,
+        )
+
+    def _text(self, sequence: in_engine.Sequence) -> str | None:
+        if self.tokenizer is None:
+            return None
+        ended_by_token = isinstance(sequence.stop_reason, int)
+        text = self.tokenizer.decode(sequence.answer[:-1] if ended_by_token else sequence.answer)
+        if isinstance(sequence.stop_reason, str):
+            # Where the answer was ended; min_tokens may have let an earlier match pass.
+            at = text.rfind(sequence.stop_reason)
+            return text if at < 0 else text[:at]
+        return text
+
+
+def _best(outputs: list[Output], ids: list[int], params: SamplingParams, scorer: Scorer | None) -> list[Output]:
+    if params.samples == params.n:
+        return outputs
+    means = [sum(output.logprobs) / max(1, len(output.logprobs)) for output in outputs]
+    scores = means if scorer is None else list(scorer(ids, outputs))
+    if len(scores) != len(outputs):
+        raise ValueError(f"scorer gave {len(scores)} numbers for {len(outputs)} outputs; it must give one for each")
+    order = sorted(range(len(outputs)), key=lambda index: (-scores[index], index))
+    return [outputs[index] for index in order[: params.n]]

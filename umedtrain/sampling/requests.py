@@ -1,13 +1,14 @@
-"""From prompts and parameters to checked requests, and from these to batches that fit the budget."""
+"""From prompts and parameters to checked requests."""
 
+import hashlib
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from umedtrain.model.config import LlamaConfig
-from umedtrain.sampling.draw import request_key
 from umedtrain.sampling.params import SamplingParams
 from umedtrain.text.chat import render_chat
 from umedtrain.text.tokenizer import Tokenizer
@@ -16,32 +17,47 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Plain text, token ids, or the messages of a chat."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Request:
     """One checked prompt.
 
     Attributes:
-        index: the caller's number of the prompt.
         ids: its tokens.
         params: what is asked.
         key: stands for seed and prompt in the random numbers.
         limit: tokens to generate at most, by `params` and by the model's positions.
+        name: what errors call it.
     """
 
-    index: int
     ids: list[int]
     params: SamplingParams
     key: int
     limit: int
+    name: str
+
+    def sample_key(self, sample: int) -> int:
+        """A well mixed key, signed, for one of the samples: output number `sample` of SplitMix64 from `key`.
+
+        Steele et al. 2014, Fast splittable pseudorandom number generators.
+        """
+        z = (self.key + (sample + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return int(np.uint64(z ^ (z >> 31)).astype(np.int64))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Some of a request's samples: all of them, if they fit into one batch."""
-
-    request: Request
-    first: int
-    count: int
+def check_request(
+    prompt: Prompt, params: SamplingParams, tokenizer: Tokenizer | None, config: LlamaConfig, *, name: str = "prompt"
+) -> Request:
+    """The request for one prompt; ValueError that speaks of it as `name` when it cannot be sampled from."""
+    ids = prompt_ids(prompt, tokenizer, name=name, config=config)
+    if params.stop and tokenizer is None:
+        raise ValueError("stop strings need a tokenizer; pass one to Sampler, or use stop_token_ids")
+    if unknown := [i for i in params.logit_bias if i >= config.vocab_size]:
+        raise ValueError(f"logit_bias names token {unknown[0]}, outside the model's vocabulary of {config.vocab_size}")
+    seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed
+    limit = min(params.max_tokens, config.max_position_embeddings - len(ids))
+    return Request(ids, params, request_key(seed, ids), limit, name)
 
 
 def check_requests(
@@ -56,15 +72,16 @@ def check_requests(
     params = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     if len(params) != len(prompts):
         raise ValueError(f"{len(params)} sampling parameters for {len(prompts)} prompts; give one, or one for each")
-    # Drawn for all, so that equal prompts without a seed still get different answers.
-    fresh_seeds = torch.randint(2**63 - 1, (len(prompts),)).tolist() if any(p.seed is None for p in params) else None
-    requests = []
-    for index, (prompt, asked) in enumerate(zip(prompts, params, strict=True)):
-        ids = prompt_ids(prompt, tokenizer, name=f"prompts[{index}]", config=config)
-        seed = fresh_seeds[index] if asked.seed is None else asked.seed
-        limit = min(asked.max_tokens, config.max_position_embeddings - len(ids))
-        requests.append(Request(index, ids, asked, request_key(seed, ids), limit))
-    return requests
+    return [
+        check_request(prompt, asked, tokenizer, config, name=f"prompts[{index}]")
+        for index, (prompt, asked) in enumerate(zip(prompts, params, strict=True))
+    ]
+
+
+def request_key(seed: int, prompt: Sequence[int]) -> int:
+    """64 bits, as a signed integer, that stand for a seed and a prompt."""
+    data = f"{seed}:".encode() + np.asarray(prompt, dtype="<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, name: str, config: LlamaConfig) -> list[int]:
@@ -103,37 +120,3 @@ def _encode(prompt: str | Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> 
     if isinstance(prompt, str):
         return ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + list(tokenizer.encode(prompt))
     return render_chat(prompt, tokenizer, add_generation_prompt=True)[0]
-
-
-def plan_batches(requests: Sequence[Request], *, max_rows: int, max_cache_tokens: int) -> list[list[Piece]]:
-    """Pieces of all requests in batches of at most `max_rows` samples and `max_cache_tokens` cached tokens.
-
-    Similar requests (samples, limit, length) go together: a batch's cache is a grid, as wide as its widest
-    request.
-    """
-    pieces = []
-    for request in requests:
-        fitting = (max_cache_tokens - len(request.ids)) // request.limit
-        if fitting < 1:
-            raise ValueError(
-                f"prompts[{request.index}] needs a cache for {len(request.ids)} tokens and {request.limit} new ones, "
-                f"but cache_bytes has room for {max_cache_tokens} in all; raise cache_bytes or lower max_tokens"
-            )
-        most = min(max_rows, fitting)
-        for first in range(0, request.params.n, most):
-            pieces.append(Piece(request, first, min(most, request.params.n - first)))
-    pieces.sort(key=lambda piece: (piece.count, piece.request.limit, len(piece.request.ids)))
-    batches: list[list[Piece]] = []
-    batch: list[Piece] = []
-    widest = longest = limit = rows = 0
-    for piece in pieces:
-        new_widest, new_limit = max(widest, piece.count), max(limit, piece.request.limit)
-        new_longest = max(longest, len(piece.request.ids))
-        tokens = (len(batch) + 1) * (new_longest + new_widest * new_limit)
-        if not batch or tokens > max_cache_tokens or rows + piece.count > max_rows:
-            batch, rows = [], 0
-            batches.append(batch)
-            new_widest, new_limit, new_longest = piece.count, piece.request.limit, len(piece.request.ids)
-        batch.append(piece)
-        widest, limit, longest, rows = new_widest, new_limit, new_longest, rows + piece.count
-    return batches

@@ -1,0 +1,116 @@
+"""The C++ of this folder, compiled for the machine that runs it when it is first wanted.
+
+The library lies in ~/.cache/umedtrain (or $XDG_CACHE_HOME/umedtrain), under a name made from the sources, the compiler
+and the processor, so that it is compiled once on each machine and a shared home folder holds one for each kind. It
+uses the OpenMP runtime, and with it the threads, that PyTorch has loaded already.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).parent
+# Products and sums are fused where the source says so, not where the compiler likes it.
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp")
+_SOURCES = ("linear.cpp", "layer.cpp", "sample.cpp")
+
+_POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_SIGNATURES = {
+    "linear_fp32": [_POINTER] * 3 + [_INTEGER] * 4,
+    "linear_bf16": [_POINTER] * 3 + [_INTEGER] * 4,
+    "linear_int8": [_POINTER] * 4 + [_INTEGER] * 4,
+    "rms_norm": [_POINTER] * 3 + [_INTEGER] * 2 + [_FLOAT],
+    "silu_product": [_POINTER] * 2 + [_INTEGER],
+    "rotate_and_store_fp32": [_POINTER] * 10 + [_INTEGER] * 6,
+    "rotate_and_store_bf16": [_POINTER] * 10 + [_INTEGER] * 6,
+    "attend_fp32": [_POINTER] * 7 + [_INTEGER] * 6 + [_FLOAT],
+    "attend_bf16": [_POINTER] * 7 + [_INTEGER] * 6 + [_FLOAT],
+    "sample": [_POINTER] * 10 + [_INTEGER] * 2,
+}
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library; None, after a warning that says why, where it cannot be made."""
+    compiler = _compiler()
+    if compiler is None:
+        warnings.warn(
+            "no C++ compiler (g++, c++ or $CXX): decoding on this CPU uses PyTorch's slower layers", stacklevel=2
+        )
+        return None
+    try:
+        return _load(_compiled(compiler))
+    except (subprocess.CalledProcessError, OSError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        warnings.warn(
+            f"{compiler} could not make the decoding library, so PyTorch's slower layers are used: "
+            f"{detail.strip().splitlines()[0]}",
+            stacklevel=2,
+        )
+        return None
+
+
+def _compiler() -> str | None:
+    return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
+
+
+def _compiled(compiler: str) -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umedtrain"
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"decode-{_fingerprint(compiler)}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        objects = []
+        for source in _SOURCES:
+            objects.append(f"{scratch}/{source}.o")
+            _run(compiler, *_FLAGS, "-c", str(_FOLDER / source), "-o", objects[-1])
+        result = Path(scratch) / target.name
+        _run(compiler, "-shared", *objects, *_openmp(), "-o", str(result))
+        # Ranks that compile at the same time replace one another's equal files.
+        result.replace(target)
+    return target
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _openmp() -> list[str]:
+    """PyTorch's own runtime where it ships one: two runtimes would fight for the cores."""
+    bundled = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
+    return [str(bundled[0]), f"-Wl,-rpath,{bundled[0].parent}"] if bundled else ["-fopenmp"]
+
+
+def _fingerprint(compiler: str) -> str:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    parts = [version, platform.machine(), _processor(), torch.__version__, sys.platform, repr(_FLAGS)]
+    parts += [path.read_text() for path in sorted((*_FOLDER.glob("*.cpp"), *_FOLDER.glob("*.h")))]
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()
+
+
+def _processor() -> str:
+    """What decides the meaning of -march=native."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    for name, arguments in _SIGNATURES.items():
+        function = getattr(loaded, name)
+        function.argtypes, function.restype = arguments, None
+    return loaded

@@ -1,0 +1,292 @@
+"""The sampler's engine: requests join and leave at every pass, and share one paged cache.
+
+`step` is one round: the scheduler says what is computed, `Decoder` computes it, `Drawer` draws, and the results go to
+the sequences. While all that runs only decodes, a round is several tokens long, and nothing in it is done once per
+request by Python.
+
+Shape suffixes: T tokens of a pass, R rows (sequences), V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence as Listed
+from typing import Literal
+
+import torch
+
+from umedtrain.model.llama import Llama
+from umedtrain.sampling.drawing import Drawer, Drawn, padded, top_logprobs
+from umedtrain.sampling.forward import Decoder, Stream
+from umedtrain.sampling.pages import PagePool
+from umedtrain.sampling.requests import Request
+from umedtrain.sampling.scheduler import Chunk, Scheduler
+from umedtrain.sampling.sequence import Sequence
+from umedtrain.sampling.stops import GrowingText, find_stop
+from umedtrain.text.tokenizer import Tokenizer
+
+PAGE_SIZE = 16
+# Tokens between two looks at what has finished: on a GPU each look waits for the device.
+_ROUND = {"cpu": 16, "cuda": 16}
+# Few enough that a small vocabulary's logits stay in a CPU's cache, enough to reuse the projection's weights.
+_LOGITS_ROWS = 256
+
+
+class Engine:
+    """Requests in, finished sequences out.
+
+    Args:
+        model: a whole (unsharded) model; its weights are read anew in every pass.
+        tokenizer: needed for stop strings.
+        eos_ids: ids that end every answer.
+        max_rows: sequences that run at once.
+        cache_bytes: memory of the key-value cache, at most; what no request needs any more stays in it until it is
+            full, for later requests that begin alike.
+        chunk_tokens: tokens of prompts in one pass.
+        exact: see `Sampler`.
+        quantize: see `Sampler`.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_ids: Listed[int] = (),
+        max_rows: int = 1024,
+        cache_bytes: int = 2 * 2**30,
+        chunk_tokens: int = 2048,
+        exact: bool = False,
+        quantize: Literal["int8", "int4"] | None = None,
+    ) -> None:
+        config = model.config
+        self.model, self.tokenizer, self.eos_ids = model, tokenizer, tuple(eos_ids)
+        self.device = model.lm_head_weight.device
+        self.decoder = Decoder(model, exact=exact, quantize=quantize)
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE_SIZE
+        pages_of_all = max_rows * -(-config.max_position_embeddings // PAGE_SIZE)
+        num_pages = min(cache_bytes // (numbers * model.lm_head_weight.element_size()), pages_of_all)
+        self.pool = PagePool(num_pages, PAGE_SIZE)
+        self.cache = self.decoder.cache(num_pages, PAGE_SIZE)
+        self.scheduler = Scheduler(self.pool, max_rows=max_rows, chunk_tokens=chunk_tokens)
+        self._texts: dict[Sequence, GrowingText] = {}
+        self._version = self.decoder.version()
+        self.computed_tokens = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request is unfinished."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
+    def check_fits(self, request: Request) -> None:
+        """ValueError for a request that the cache could not hold even alone."""
+        needed, size = len(request.ids) + request.limit, self.pool.page_size
+        if -(-needed // size) > self.pool.num_pages:
+            raise ValueError(
+                f"{request.name} needs a cache for {len(request.ids)} tokens and {request.limit} new ones, but "
+                f"cache_bytes has room for {self.pool.num_pages * size} in all; raise cache_bytes or lower max_tokens"
+            )
+
+    def submit(self, request: Request) -> list[Sequence]:
+        """Queue a request; its sequences, in order of their samples, are filled by `step`."""
+        self.check_fits(request)
+        sequences = self.scheduler.add(request)
+        if request.params.stop:
+            self._texts.update({sequence: GrowingText(self.tokenizer) for sequence in sequences})
+        return sequences
+
+    def cancel(self, sequences: Listed[Sequence]) -> None:
+        """Drop sequences and what they hold."""
+        for sequence in sequences:
+            self.scheduler.remove(sequence)
+            self._texts.pop(sequence, None)
+
+    @torch.no_grad()
+    def step(self) -> list[Sequence]:
+        """One round; returns the sequences with new tokens, or a prompt that has been scored.
+
+        Raises:
+            ValueError: when the model's logits are no numbers; that request is dropped.
+            RuntimeError: when the weights have been written to while requests were running.
+        """
+        self._check_weights()
+        chunks = self.scheduler.plan()
+        if not chunks:
+            return []
+        if any(chunk.sequence.in_prompt for chunk in chunks):
+            return self._pass(chunks)
+        return self._decode([chunk.sequence for chunk in chunks])
+
+    def _check_weights(self) -> None:
+        version = self.decoder.version()
+        if version == self._version:
+            return
+        if self.scheduler.running:
+            raise RuntimeError(
+                "the model's weights were written to while requests were running, so the keys and values in their "
+                "cache are those of other weights; finish or cancel requests before updating the model"
+            )
+        self.pool.forget()
+        self._version = version
+
+    def _stops(self, sequence: Sequence) -> tuple[int, ...]:
+        own = sequence.request.params.stop_token_ids
+        return own if sequence.request.params.ignore_eos else (*self.eos_ids, *own)
+
+    def _drawers(self, sequences: Listed[Sequence]) -> list[Drawer]:
+        """One for each block of rows whose logits are held at a time."""
+        most_top = max(sequence.request.params.top_logprobs for sequence in sequences)
+        vocab_size, blocks = self.model.config.vocab_size, range(0, len(sequences), _LOGITS_ROWS)
+        return [
+            Drawer(block, [self._stops(sequence) for sequence in block], vocab_size, most_top, self.device)
+            for block in (sequences[first : first + _LOGITS_ROWS] for first in blocks)
+        ]
+
+    def _draw(self, hidden_RD: torch.Tensor, drawers: list[Drawer]) -> Drawn:
+        blocks = zip(drawers, hidden_RD.split(_LOGITS_ROWS), strict=True)
+        return Drawn.join([drawer.draw(self.decoder.logits(block)) for drawer, block in blocks])
+
+    def _tables(self, sequences: Listed[Sequence]) -> torch.Tensor:
+        # Entries past a sequence's end are never looked at, but must be pages.
+        return padded([sequence.pages for sequence in sequences], self.device, torch.int32).clamp_(min=0)
+
+    def _pass(self, chunks: list[Chunk]) -> list[Sequence]:
+        """Compute chunks of any length, and draw for those that have reached their last token."""
+        chunks = sorted(chunks, key=lambda chunk: chunk.count != 1)
+        singles = sum(chunk.count == 1 for chunk in chunks)
+        tokens, rows, positions, spans = [], [], [], []
+        for row, chunk in enumerate(chunks):
+            sequence, first = chunk.sequence, chunk.sequence.computed
+            spans.append((len(tokens), chunk.count))
+            tokens += sequence.tokens[first : first + chunk.count]
+            rows += [row] * chunk.count
+            positions += range(first, first + chunk.count)
+        tokens_T, rows_T, positions_T = torch.tensor([tokens, rows, positions], device=self.device).unbind(0)
+        table_BM = self._tables([chunk.sequence for chunk in chunks])
+        stream = Stream(tokens_T, rows_T, positions_T, table_BM, singles, tuple(spans[singles:]))
+        hidden_TD = self.decoder.hidden(stream, self.cache)
+        self.computed_tokens += len(tokens)
+
+        progressed, drawing, last_rows = [], [], []
+        for chunk, (first, count) in zip(chunks, spans, strict=True):
+            sequence = chunk.sequence
+            if sequence.request.params.prompt_logprobs and sequence.sample == 0:
+                self._score_prompt(sequence, hidden_TD[first : first + count])
+            sequence.computed += count
+            self.scheduler.publish(sequence)
+            if sequence.pending:
+                continue
+            if sequence.generated >= sequence.request.limit:
+                self._finish(sequence, None)
+                progressed.append(sequence)
+                continue
+            forked = self._fork(sequence) if not sequence.generated else []
+            drawing += [sequence, *forked]
+            last_rows += [first + count - 1] * (1 + len(forked))
+        if drawing:
+            hidden_RD = hidden_TD[torch.tensor(last_rows, device=self.device)]
+            self._take([self._draw(hidden_RD, self._drawers(drawing))], drawing)
+        return progressed + drawing
+
+    def _fork(self, leader: Sequence) -> list[Sequence]:
+        forks = self.scheduler.fork(leader)
+        copies = [(source, target) for _, source, target in forks if source is not None]
+        self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
+        return [sequence for sequence, *_ in forks]
+
+    def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
+        """Log-probabilities of the prompt's tokens that follow those of a chunk."""
+        first, params = sequence.computed, sequence.request.params
+        del sequence.prompt_logprobs[first:], sequence.prompt_top_logprobs[first:]  # after a preemption
+        targets = sequence.request.ids[first + 1 : first + 1 + len(hidden_TD)]
+        for start in range(0, len(targets), _LOGITS_ROWS):
+            target_R = torch.tensor(targets[start : start + _LOGITS_ROWS], device=self.device)
+            logits_RV = self.decoder.logits(hidden_TD[start : start + len(target_R)])
+            logprob_R = logits_RV.log_softmax(-1).gather(1, target_R[:, None])[:, 0]
+            sequence.prompt_logprobs += logprob_R.tolist()
+            if params.top_logprobs:
+                top = top_logprobs(logits_RV, params.top_logprobs, target_R, logprob_R)
+                sequence.prompt_top_logprobs += _pairs(top)
+
+    def _decode(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Several tokens for sequences that only decode, up to where one of them may change what is to be done."""
+        steps = self._round(sequences)
+        drawers, table_BM = self._drawers(sequences), self._tables(sequences)
+        rows_R = torch.arange(len(sequences), device=self.device)
+        columns = [[sequence.tokens[-1], sequence.computed] for sequence in sequences]
+        token_R, position_R = torch.tensor(columns, device=self.device).unbind(1)
+        history: list[Drawn] = []
+        for _ in range(steps):
+            stream = Stream(token_R.contiguous(), rows_R, position_R.contiguous(), table_BM, len(sequences))
+            history.append(self._draw(self.decoder.hidden(stream, self.cache), drawers))
+            token_R, position_R = history[-1].token_R, position_R + 1
+            if self.device.type == "cpu" and bool(history[-1].stopped_R.any()):
+                break
+        self.computed_tokens += len(history) * len(sequences)
+        for sequence in sequences:
+            sequence.computed += len(history)
+        self._take(history, sequences)
+        return sequences
+
+    def _round(self, sequences: list[Sequence]) -> int:
+        """How many tokens can be decoded at once; takes the pages for them."""
+        if self._texts and any(sequence in self._texts for sequence in sequences):
+            return 1
+        steps = min(_ROUND.get(self.device.type, 1), *(s.request.limit - s.generated for s in sequences))
+        size = self.pool.page_size
+        missing = sum(max(0, -(-(s.computed + steps) // size) - len(s.pages)) for s in sequences)
+        if steps <= 1 or missing > self.pool.available:
+            return 1
+        for sequence in sequences:
+            self.scheduler.make_room(sequence, steps)
+        return steps
+
+    def _take(self, history: list[Drawn], sequences: list[Sequence]) -> None:
+        """Give each sequence its tokens, up to the one that ends it."""
+        tokens, logprobs, draw_logprobs = (
+            torch.stack([getattr(drawn, name) for drawn in history]).t().tolist()
+            for name in ("token_R", "logprob_R", "draw_logprob_R")
+        )
+        tops = [_pairs(drawn.top_RW) for drawn in history if drawn.top_RW]
+        broken = [s for s, values in zip(sequences, logprobs, strict=True) if not math.isfinite(sum(values))]
+        for row, sequence in enumerate(sequences):
+            stops = self._stops(sequence)
+            for step, token in enumerate(tokens[row]):
+                sequence.tokens.append(token)
+                sequence.logprobs.append(logprobs[row][step])
+                sequence.draw_logprobs.append(draw_logprobs[row][step])
+                if count := sequence.request.params.top_logprobs:
+                    sequence.top_logprobs.append(tops[step][row][:count])
+                if self._ends(sequence, token, stops):
+                    break
+        if broken:
+            request = broken[0].request
+            self.cancel([s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request is request])
+            raise ValueError(
+                f"{request.name}, sample {broken[0].sample}: the model's logits are not finite numbers; "
+                "check the checkpoint for NaN or inf, or load it with dtype=torch.float32"
+            )
+
+    def _ends(self, sequence: Sequence, token: int, stops: tuple[int, ...]) -> bool:
+        """Whether the sequence ends with this token; if so it gives its pages back."""
+        params = sequence.request.params
+        if token in stops:
+            self._finish(sequence, token)
+        elif (text := self._texts.get(sequence)) is not None:
+            new = text.push(token)
+            # A match may have begun before the new characters; one that is as old as min_tokens is not looked for.
+            longest = max(map(len, params.stop))
+            start = len(text.text) - len(new) - longest + 1
+            if sequence.generated >= params.min_tokens and new and (match := find_stop(text.text, params.stop, start)):
+                self._finish(sequence, match[1])
+        if not sequence.finished and sequence.generated >= sequence.request.limit:
+            self._finish(sequence, None)
+        return sequence.finished
+
+    def _finish(self, sequence: Sequence, reason: int | str | None) -> None:
+        sequence.finished, sequence.stop_reason = True, reason
+        self.scheduler.remove(sequence)
+        self._texts.pop(sequence, None)
+
+
+def _pairs(top_RW: tuple[torch.Tensor, torch.Tensor]) -> list[list[tuple[int, float]]]:
+    logprobs, ids = (x.tolist() for x in top_RW)
+    return [list(zip(i, p, strict=True)) for i, p in zip(ids, logprobs, strict=True)]

@@ -1,0 +1,149 @@
+"""Who is computed next: admission by free pages, chunks of prompts, preemption. Knows nothing of tensors."""
+
+from collections import deque
+from dataclasses import dataclass
+
+from umedtrain.sampling.pages import PagePool, prefix_digests
+from umedtrain.sampling.requests import Request
+from umedtrain.sampling.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The next `count` tokens of a sequence that are to be computed."""
+
+    sequence: Sequence
+    count: int
+
+
+class Scheduler:
+    """Sequences that wait and sequences that run.
+
+    Running sequences hold the pages of all their computed tokens. When pages run out, the one admitted last gives all
+    of its own back and waits again, at the front; what it has drawn stays drawn, and is computed again later.
+
+    Args:
+        pool: the cache's pages.
+        max_rows: sequences that run at once.
+        chunk_tokens: tokens of prompts in one pass.
+    """
+
+    def __init__(self, pool: PagePool, *, max_rows: int, chunk_tokens: int) -> None:
+        self.pool, self.max_rows, self.chunk_tokens = pool, max_rows, chunk_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+
+    def add(self, request: Request) -> list[Sequence]:
+        """Queue all samples of a request."""
+        digests = prefix_digests(request.ids, self.pool.page_size)
+        sequences = [Sequence(request, sample, digests) for sample in range(request.params.samples)]
+        self.waiting.extend(sequences)
+        return sequences
+
+    def remove(self, sequence: Sequence) -> None:
+        """Forget a sequence, finished or not, and take back its pages."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def plan(self) -> list[Chunk]:
+        """The next pass: one token of each sequence that decodes, then pieces of prompts. Pages are taken for it."""
+        self._admit()
+        chunks = [Chunk(s, 1) for s in list(self.running) if not s.in_prompt and self.make_room(s, 1)]
+        chunks = [chunk for chunk in chunks if chunk.sequence in self.running]
+        left = self.chunk_tokens
+        for sequence in list(self.running):
+            if left and sequence in self.running and sequence.in_prompt:
+                count = min(left, sequence.pending)
+                if self.make_room(sequence, count):
+                    chunks.append(Chunk(sequence, count))
+                    left -= count
+        return [chunk for chunk in chunks if chunk.sequence in self.running]
+
+    def make_room(self, sequence: Sequence, tokens: int) -> bool:
+        """Give a running sequence pages for its next tokens; False if it had to give up its own instead."""
+        missing = -(-(sequence.computed + tokens) // self.pool.page_size) - len(sequence.pages)
+        while missing > self.pool.available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        if missing > 0:
+            sequence.pages += self.pool.take(missing)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        self.waiting.appendleft(sequence)
+        self.preemptions += 1
+
+    def _give_back(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.pages)
+        sequence.pages, sequence.computed, sequence.published = [], 0, 0
+
+    def _admit(self) -> None:
+        """Let waiting sequences run, in order, while there are rows and pages for their prompts.
+
+        The first sample of a request computes the prompt; its other samples wait for that, then `fork`.
+        """
+        leaders = {s.request for s in self.running if s.computed < len(s.request.ids)}
+        later: list[Sequence] = []
+        while self.waiting and len(self.running) < self.max_rows:
+            sequence = self.waiting.popleft()
+            if sequence.request in leaders:
+                later.append(sequence)
+                continue
+            if not self._begin(sequence):
+                self.waiting.appendleft(sequence)
+                break
+            self.running.append(sequence)
+            leaders.add(sequence.request)
+        self.waiting.extendleft(reversed(later))
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Find the known beginning of its text; False if what is left does not fit now."""
+        size = self.pool.page_size
+        # At least one token has to be computed: its hidden state is what the next one is drawn from.
+        scored = sequence.request.params.prompt_logprobs and sequence.sample == 0
+        reusable = 0 if scored else (len(sequence.tokens) - 1) // size
+        pages = self.pool.find(sequence.digests[:reusable])
+        needed = -(-(len(sequence.tokens) + 1) // size) - len(pages)
+        # A page for each running row keeps a new sequence from being thrown out at once.
+        if self.running and needed + len(self.running) > self.pool.available:
+            self.pool.release(pages)
+            return False
+        sequence.pages, sequence.computed = pages, len(pages) * size
+        sequence.published = len(pages)
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Make the prompt's pages that are complete by now findable."""
+        complete = min(sequence.computed // self.pool.page_size, len(sequence.digests))
+        for index in range(sequence.published, complete):
+            self.pool.publish(sequence.pages[index], sequence.digests[index])
+        sequence.published = max(sequence.published, complete)
+
+    def fork(self, leader: Sequence) -> list[tuple[Sequence, int | None, int | None]]:
+        """Waiting samples of a prompt that has just been computed start from its pages, as far as there is room.
+
+        Whole pages are shared; for a last one that is not full, (sequence, source page, own page) asks for a copy.
+        """
+        forks = []
+        whole, rest = divmod(len(leader.request.ids), self.pool.page_size)
+        for sequence in [s for s in self.waiting if s.request is leader.request and not s.generated]:
+            if len(self.running) >= self.max_rows or len(self.running) + 2 > self.pool.available:
+                break
+            self.waiting.remove(sequence)
+            sequence.pages = leader.pages[:whole]
+            self.pool.share(sequence.pages)
+            own = self.pool.take(1)[0] if rest else None
+            if rest:
+                sequence.pages = [*sequence.pages, own]
+            sequence.computed, sequence.published = len(leader.request.ids), whole
+            self.running.append(sequence)
+            forks.append((sequence, leader.pages[whole] if rest else None, own))
+        return forks

@@ -1,0 +1,58 @@
+"""One sample of one request on its way through the engine."""
+
+from umedtrain.sampling.pages import Digest
+from umedtrain.sampling.params import TopLogprobs
+from umedtrain.sampling.requests import Request
+
+
+class Sequence:
+    """Tokens, cached pages and results of a sample.
+
+    Attributes:
+        request, sample: whose, and which of its samples.
+        key: stands for the sample in the random numbers.
+        tokens: prompt and answer.
+        pages: of the cache, from the first token on.
+        digests: of the full pages of the prompt.
+        computed: tokens whose keys and values are in the cache.
+        logprobs, draw_logprobs, top_logprobs: of the answer's tokens so far.
+        prompt_logprobs, prompt_top_logprobs: of the prompt's tokens after the first so far.
+        stop_reason: what ended it.
+        text: the answer so far, if anything needs it decoded on the way.
+    """
+
+    def __init__(self, request: Request, sample: int, digests: list[Digest]) -> None:
+        self.request, self.sample = request, sample
+        self.key = request.sample_key(sample)
+        self.tokens = list(request.ids)
+        self.pages: list[int] = []
+        self.digests = digests
+        self.computed = 0
+        self.published = 0
+        self.logprobs: list[float] = []
+        self.draw_logprobs: list[float] = []
+        self.top_logprobs: list[TopLogprobs] = []
+        self.prompt_logprobs: list[float] = []
+        self.prompt_top_logprobs: list[TopLogprobs] = []
+        self.stop_reason: int | str | None = None
+        self.finished = False
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.tokens) - len(self.request.ids)
+
+    @property
+    def answer(self) -> list[int]:
+        """The answer's tokens so far."""
+        return self.tokens[len(self.request.ids) :]
+
+    @property
+    def pending(self) -> int:
+        """Tokens to compute before the next one can be drawn."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether several tokens are still to be computed, in chunks: the prompt, or all after a preemption."""
+        return self.pending > 1 or self.computed < len(self.request.ids)
