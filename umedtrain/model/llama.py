@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from umedtrain.model.attention import attention
-from umedtrain.model.cache import KVCache
 from umedtrain.model.config import LlamaConfig
 from umedtrain.model.fused import kernels_for
 from umedtrain.model.layout import Layout
@@ -52,18 +51,12 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, key_value_size, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout, cache: KVCache | None, layer: int
-    ) -> torch.Tensor:
+    def forward(self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout) -> torch.Tensor:
         q_THK = self.q_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         k_TGK = self.k_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         v_TGK = self.v_proj(x_TD).unflatten(-1, (-1, self.head_dim))
         q_THK, k_TGK = rotate(q_THK, k_TGK, *rotation)
-        if cache is None:
-            out_THK = attention(q_THK, k_TGK, v_TGK, layout)
-        else:
-            out_THK = cache.attend(layer, q_THK, k_TGK, v_TGK, layout)
-        return self.o_proj(out_THK.flatten(1))
+        return self.o_proj(attention(q_THK, k_TGK, v_TGK, layout).flatten(1))
 
 
 class MLP(nn.Module):
@@ -85,16 +78,15 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One pre-norm transformer layer."""
 
-    def __init__(self, config: LlamaConfig, layer: int) -> None:
+    def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout, cache: KVCache | None) -> torch.Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, layout, cache, self.layer)
+    def forward(self, x_TD: torch.Tensor, rotation: Rotation, layout: Layout) -> torch.Tensor:
+        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotation, layout)
         return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
 
 
@@ -109,7 +101,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -119,20 +111,16 @@ class Llama(nn.Module):
         """[V, D]: the output projection, which is the embedding itself when the two are tied."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens_T: torch.Tensor, layout: Layout, *, cache: KVCache | None = None) -> torch.Tensor:
-        """Hidden states [T, D] of int64 tokens [T].
-
-        With a cache, the stream holds only the new tokens, and attention also sees what the cache holds.
-        """
+    def forward(self, tokens_T: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """Hidden states [T, D] of int64 tokens [T]."""
         if tokens_T.shape != (layout.num_tokens,):
             raise ValueError(f"tokens_T has shape {tuple(tokens_T.shape)}, the layout has {layout.num_tokens} tokens")
-        positions_T = layout.positions_T if cache is None else cache.positions(layout)
         # Recomputed every time (a few microseconds) so that no buffer has to survive meta-device construction,
         # casting or sharding: the angles are always formed in fp32.
-        rotation = rope_tables(rope_frequencies(self.config, device=tokens_T.device), positions_T)
+        rotation = rope_tables(rope_frequencies(self.config, device=tokens_T.device), layout.positions_T)
         x_TD = self.embed_tokens(tokens_T)
         for layer in self.layers:
-            x_TD = layer(x_TD, rotation, layout, cache)
+            x_TD = layer(x_TD, rotation, layout)
         return self.norm(x_TD)
 
     def logits(self, hidden_TD: torch.Tensor) -> torch.Tensor:
