@@ -88,7 +88,8 @@ def run(config: DPOConfig, world: World) -> Path:
         template=config.data.template,
         trim=config.data.trim,
     )
-    sources, drops, report = load_pairs(config.data.files, config.pairs, encode)
+    kept_out = folder / "held_out.jsonl" if world.is_main else None
+    sources, drops, report = load_pairs(config.data.files, config.pairs, encode, kept_out=kept_out)
     if config.merge_pairs:
         sources = [merge_pairs(examples, max_tokens=config.data.max_tokens) for examples in sources]
     loader = build_loader(sources, config.data, config.batch, world)

@@ -65,7 +65,8 @@ def run(config: RewardConfig, world: World) -> Path:
         trim=config.data.trim,
         margins=config.reward.margin,
     )
-    sources, drops, report = load_pairs(config.data.files, config.pairs, encode)
+    kept_out = folder / "held_out.jsonl" if world.is_main else None
+    sources, drops, report = load_pairs(config.data.files, config.pairs, encode, kept_out=kept_out)
     if config.reward.margin and not report["pairs with scores"]:
         raise ValueError(
             f"{', '.join(config.data.files)}: reward.margin needs the numbers metadata.chosen.score and "

@@ -67,6 +67,9 @@ class PairsConfig:
     """Drop the training pairs that share a prompt with `held_out`."""
     drop_not_higher: bool = False
     """Drop the pairs whose metadata do not give the chosen answer a higher score than the rejected one."""
+    keep_out: float = 0.0
+    """Share of all prompts whose pairs are not trained on but written to OUTPUT/held_out.jsonl, for evaluation. The
+    same prompts in every run on the same files."""
 
 
 @dataclasses.dataclass(frozen=True)

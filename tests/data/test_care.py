@@ -19,7 +19,7 @@ from umedtrain.data.care import (
     split_by_prompt,
 )
 from umedtrain.data.example import Dropped, encode_preference
-from umedtrain.records import Preference
+from umedtrain.records import Preference, read_preferences
 
 PLACES = iter(range(1, 10**6))
 
@@ -164,3 +164,20 @@ def test_a_file_that_care_empties_is_named_with_the_reason(tmp_path):
         load_pairs(files, PairsConfig(), encode)
     with pytest.raises(ValueError, match=r"data\.files is empty"):
         load_pairs([], PairsConfig(), encode)
+
+
+def test_a_share_of_the_prompts_is_kept_out_and_written_to_be_read_again(tmp_path):
+    rows = [(f"p{number % 8}", f"x{number}", "y") for number in range(16)]
+    files = [write(tmp_path / "a.jsonl", *rows[:10]), write(tmp_path / "b.jsonl", *rows[10:])]
+    kept_out = tmp_path / "held_out.jsonl"
+    sources, drops, report = load_pairs(files, PairsConfig(keep_out=0.25), encode, kept_out=kept_out)
+    apart = read_preferences(kept_out)
+    assert len(apart) == report["kept out of training"]["count"] == 4
+    assert report["kept out of training"]["prompts"] == len(set(map(prompt_key, apart))) == 2
+    left = {(example.source, example.line) for examples in sources for example in examples}
+    trained = [one for path in files for one in read_preferences(path) if (one.source, one.line) in left]
+    assert len(trained) == 12
+    assert not shared_prompts(trained, apart)
+    assert drops.rows == []
+    with pytest.raises(ValueError, match=r"^pairs\.keep_out: share must be between 0 and 1, got 1\.5"):
+        load_pairs(files, PairsConfig(keep_out=1.5), encode)

@@ -10,24 +10,36 @@ Two prompts are the same if their messages are, white space around each aside, f
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 from umedtrain.config import PairsConfig
 from umedtrain.data.example import Dropped, Drops, Example, encode_all, score_margin
 from umedtrain.data.sources import check_files
-from umedtrain.records import Preference, read_preferences
+from umedtrain.records import Preference, read_preferences, write_jsonl
 
 PromptKey = tuple[tuple[str, str], ...]
 
 DUPLICATE = "same prompt and answers as an earlier pair"
 NOT_HIGHER = "chosen does not score higher than rejected"
 HELD_OUT = "prompt stands in a held-out file"
+KEPT_OUT = "kept out of training"
 
 
 def load_pairs(
-    files: Sequence[str], config: PairsConfig, encode: Callable[[Preference], Example | Dropped]
+    files: Sequence[str],
+    config: PairsConfig,
+    encode: Callable[[Preference], Example | Dropped],
+    *,
+    kept_out: Path | None = None,
 ) -> tuple[list[list[Example]], Drops, dict[str, Any]]:
     """Read, check and encode files of pairs.
+
+    Args:
+        files: of pairs.
+        config: what is done about questionable ones.
+        encode: see `encode_preference`.
+        kept_out: where the pairs of `config.keep_out` are written; None to write them nowhere.
 
     Returns:
         The examples of each file; all that was dropped; and the report of `check_pairs`.
@@ -42,6 +54,11 @@ def load_pairs(
     pairs_by_file, drops, report = check_pairs(
         [read_preferences(path) for path in files], held_out, drop=[finding for finding in asked if asked[finding]]
     )
+    if config.keep_out:
+        pairs_by_file, apart = _keep_out(pairs_by_file, config.keep_out)
+        report[KEPT_OUT] = {"count": len(apart), "prompts": len(set(map(prompt_key, apart)))}
+        if kept_out is not None:
+            write_jsonl(kept_out, map(_row, apart))
     sources = []
     for path, pairs in zip(files, pairs_by_file, strict=True):
         if not pairs:
@@ -136,6 +153,21 @@ def split_by_prompt(pairs: Sequence[Preference], share: float, seed: int) -> tup
     for pair in pairs:
         parts[prompt_key(pair) in second].append(pair)
     return parts
+
+
+def _keep_out(sources: Sequence[Sequence[Preference]], share: float) -> tuple[list[list[Preference]], list[Preference]]:
+    """Each source without the pairs of that share of all prompts; and those pairs."""
+    try:
+        _, apart = split_by_prompt([pair for source in sources for pair in source], share, seed=0)
+    except ValueError as error:
+        raise ValueError(f"pairs.keep_out: {error}") from None
+    gone = set(map(id, apart))
+    return [[pair for pair in source if id(pair) not in gone] for source in sources], apart
+
+
+def _row(pair: Preference) -> dict[str, Any]:
+    values = {"id": pair.id, "label_type": pair.label_type, "prompt": pair.prompt, "metadata": pair.metadata}
+    return values | {"chosen": pair.chosen, "rejected": pair.rejected}
 
 
 def _by_file(pairs: Iterable[Preference]) -> dict[str, list[Preference]]:
