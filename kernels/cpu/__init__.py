@@ -9,14 +9,19 @@ sampler calls these some hundred times a token. Shape suffixes: T tokens, D inpu
 key-value heads, K head dimension, P pages, S slots of a page, B sequences, M pages of a sequence, R rows, V vocabulary.
 """
 
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from umedtrain.kernels.cpu.library import library
-from umedtrain.kernels.quantized import QuantizedWeight, quantized_linear
+from umedtrain.kernels.quantized import QuantizedWeight
 from umedtrain.kernels.sampling import Sampled
 
-DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-"""Of weights and caches."""
+KINDS = {torch.float32: 0, torch.bfloat16: 1, "int8": 2, "int4": 3}
+"""Of weights, as the C++ side numbers them; norms and caches are one of the first two."""
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 def available() -> bool:
@@ -24,89 +29,108 @@ def available() -> bool:
     return library() is not None
 
 
+def matrix(weight: torch.Tensor | QuantizedWeight) -> list[int]:
+    """Where a weight [N, D] lies and what it is, for the C++ side; it must outlive the numbers."""
+    if isinstance(weight, QuantizedWeight):
+        _check(weight.values, dtype=weight.values.dtype)
+        _check(weight.scale, dtype=weight.scale.dtype)
+        zero = 0 if weight.zero is None else weight.zero.data_ptr()
+        kind = KINDS["int4" if weight.group else "int8"]
+        return [weight.values.data_ptr(), weight.scale.data_ptr(), zero, kind, weight.group, *weight.shape]
+    _check(weight, dtype=weight.dtype)
+    return [weight.data_ptr(), 0, 0, KINDS[weight.dtype], 0, *weight.shape]
+
+
 def linear(
     x_TD: torch.Tensor, weight: torch.Tensor | QuantizedWeight, *, into: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """x W^T: fp32 [T, N] from contiguous fp32 x and a contiguous weight [N, D] in fp32, bf16 or 8 bits.
+    """x W^T: fp32 [T, N] from contiguous fp32 x and a contiguous weight [N, D] in fp32, bf16, 8 or 4 bits.
 
-    With `into`, the products are added to it, in place. Weights of 4 bits take PyTorch's path, for which rows beside
-    one another are not independent in their last bits.
+    With `into`, the products are added to it, in place.
     """
-    if isinstance(weight, QuantizedWeight) and weight.group:
-        product_TN = quantized_linear(x_TD, weight, impl="torch")
-        return product_TN if into is None else into.add_(product_TN)
-    outputs, inputs = weight.shape
-    tokens = x_TD.shape[0]
+    numbers = _numbers(matrix(weight))
+    tokens, (outputs, inputs) = x_TD.shape[0], weight.shape
     y_TN = x_TD.new_empty(tokens, outputs) if into is None else into
-    assert x_TD.shape[1] == inputs
+    assert x_TD.shape == (tokens, inputs)
     assert y_TN.shape == (tokens, outputs)
     _check(x_TD, y_TN)
-    sizes = (tokens, outputs, inputs, into is not None)
-    if isinstance(weight, QuantizedWeight):
-        values, scale = weight.values.data_ptr(), weight.scale.data_ptr()
-        library().linear_int8(x_TD.data_ptr(), values, scale, y_TN.data_ptr(), *sizes)
-        return y_TN
-    assert weight.is_contiguous()
-    function = library().linear_fp32 if weight.dtype == torch.float32 else library().linear_bf16
-    assert weight.dtype in DTYPES
-    function(x_TD.data_ptr(), weight.data_ptr(), y_TN.data_ptr(), *sizes)
+    library().linear(x_TD.data_ptr(), numbers, y_TN.data_ptr(), tokens, into is not None)
     return y_TN
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) * weight, all fp32 and contiguous."""
-    _check(x_TD, weight_D)
+    """x / rms(x) * weight, fp32, contiguous; the weight may be bf16."""
+    _check(x_TD)
+    _check(weight_D, dtype=weight_D.dtype)
+    assert weight_D.shape == x_TD.shape[1:]
     out_TD = torch.empty_like(x_TD)
-    library().rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), out_TD.data_ptr(), *x_TD.shape, eps)
+    kind = KINDS[weight_D.dtype]
+    library().rms_norm(x_TD.data_ptr(), weight_D.data_ptr(), kind, out_TD.data_ptr(), *x_TD.shape, eps)
     return out_TD
 
 
-def silu_product_(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, written into `gate`; fp32, contiguous."""
-    assert gate.shape == up.shape
-    _check(gate, up)
-    library().silu_product(gate.data_ptr(), up.data_ptr(), gate.numel())
-    return gate
+@dataclass(frozen=True)
+class Layer:
+    """Weights and cache of a layer; norms and cache are fp32 or bf16 alike, for all layers."""
+
+    attention_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    key_pages_PSGK: torch.Tensor
+    value_pages_PSGK: torch.Tensor
+    projections: Sequence[torch.Tensor | QuantizedWeight]  # q, k, v, o, gate, up, down
 
 
-def paged_attention(
-    q_THK: torch.Tensor,
-    k_TGK: torch.Tensor,
-    v_TGK: torch.Tensor,
-    rotation: tuple[torch.Tensor, torch.Tensor],
-    sequence_T: torch.Tensor,
-    position_T: torch.Tensor,
-    table_BM: torch.Tensor,
-    key_pages_PSGK: torch.Tensor,
-    value_pages_PSGK: torch.Tensor,
-) -> torch.Tensor:
-    """Rotate q and k, put k and v into their sequences' pages, and attend: fp32 [T, H, K].
+class LlamaLayers:
+    """All layers of a Llama, called at once.
 
     Args:
-        q_THK, k_TGK, v_TGK: fp32, contiguous; q is overwritten.
-        rotation: cosines and sines, fp32 [T, K / 2], contiguous (half-split layout).
-        sequence_T, position_T: int64; a sequence's tokens follow one another in rising positions, and all its earlier
-            positions are in the cache.
-        table_BM: int32 page numbers.
-        key_pages_PSGK, value_pages_PSGK: fp32 or bf16, contiguous; written to.
+        layers: their tensors, which are kept; their memory must not move.
+        heads: query heads.
+        eps: of the norms.
     """
-    (tokens, heads, head_dim), (_, slots, kv_heads, _) = q_THK.shape, key_pages_PSGK.shape
-    name = DTYPES[key_pages_PSGK.dtype]
-    cosine, sine = rotation
-    _check(q_THK, k_TGK, v_TGK, cosine, sine)
-    _check(sequence_T, position_T, dtype=torch.int64)
-    _check(table_BM, dtype=torch.int32)
-    _check(key_pages_PSGK, value_pages_PSGK, dtype=key_pages_PSGK.dtype)
-    assert cosine.shape == sine.shape == (tokens, head_dim // 2)
-    where = (sequence_T.data_ptr(), position_T.data_ptr(), table_BM.data_ptr())
-    cache = (key_pages_PSGK.data_ptr(), value_pages_PSGK.data_ptr())
-    sizes = (tokens, heads, kv_heads, head_dim, slots, table_BM.shape[1])
-    getattr(library(), f"rotate_and_store_{name}")(
-        q_THK.data_ptr(), k_TGK.data_ptr(), v_TGK.data_ptr(), cosine.data_ptr(), sine.data_ptr(), *where, *cache, *sizes
-    )
-    out_THK = torch.empty_like(q_THK)
-    getattr(library(), f"attend_{name}")(q_THK.data_ptr(), out_THK.data_ptr(), *where, *cache, *sizes, head_dim**-0.5)
-    return out_THK
+
+    def __init__(self, layers: Sequence[Layer], *, heads: int, eps: float) -> None:
+        self._layers, self._heads, self._eps = list(layers), heads, eps
+        self._dtype = layers[0].key_pages_PSGK.dtype
+        numbers: list[int] = []
+        for layer in layers:
+            own = (layer.attention_norm, layer.mlp_norm, layer.key_pages_PSGK, layer.value_pages_PSGK)
+            _check(*own, dtype=self._dtype)
+            numbers += [tensor.data_ptr() for tensor in own]
+            for weight in layer.projections:
+                numbers += matrix(weight)
+        self._numbers = _numbers(numbers)
+
+    def __call__(
+        self,
+        x_TD: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        sequence_T: torch.Tensor,
+        position_T: torch.Tensor,
+        table_BM: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rotates, stores keys and values in the pages, attends, and so on; x goes through all layers in place.
+
+        Args:
+            x_TD: fp32, contiguous; overwritten.
+            rotation: cosines and sines, fp32, [T, K / 2] in memory (half-split layout).
+            sequence_T, position_T: int64; a sequence's tokens follow one another in rising positions, and all its
+                earlier positions are in the cache.
+            table_BM: int32 page numbers.
+        """
+        tokens, hidden = x_TD.shape
+        _, slots, kv_heads, head_dim = self._layers[0].key_pages_PSGK.shape
+        _check(x_TD, *rotation)
+        _check(sequence_T, position_T, dtype=torch.int64)
+        _check(table_BM, dtype=torch.int32)
+        assert all(table.numel() == tokens * head_dim // 2 for table in rotation)
+        assert len(sequence_T) == len(position_T) == tokens
+        sizes = (len(self._layers), tokens, hidden, self._heads, kv_heads, head_dim, slots, table_BM.shape[1])
+        where = [tensor.data_ptr() for tensor in (*rotation, sequence_T, position_T, table_BM)]
+        library().llama_layers(
+            self._numbers, _numbers([*sizes, *where]), KINDS[self._dtype], x_TD.data_ptr(), self._eps
+        )
+        return x_TD
 
 
 def sample(
@@ -131,6 +155,10 @@ def sample(
     pointers = [x.data_ptr() for x in (*inputs, tokens_R, logprobs_R, truncated_R)]
     library().sample(*pointers, rows, vocabulary)
     return Sampled(tokens_R, logprobs_R, truncated_R)
+
+
+def _numbers(values: Sequence[int]) -> ctypes.Array:
+    return (ctypes.c_int64 * len(values))(*values)
 
 
 def _check(*tensors: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:

@@ -22,19 +22,13 @@ import torch
 _FOLDER = Path(__file__).parent
 # Products and sums are fused where the source says so, not where the compiler likes it.
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=off", "-std=c++17", "-fPIC", "-fopenmp")
-_SOURCES = ("linear.cpp", "layer.cpp", "sample.cpp")
+_SOURCES = ("linear.cpp", "layers.cpp", "sample.cpp")
 
 _POINTER, _INTEGER, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _SIGNATURES = {
-    "linear_fp32": [_POINTER] * 3 + [_INTEGER] * 4,
-    "linear_bf16": [_POINTER] * 3 + [_INTEGER] * 4,
-    "linear_int8": [_POINTER] * 4 + [_INTEGER] * 4,
-    "rms_norm": [_POINTER] * 3 + [_INTEGER] * 2 + [_FLOAT],
-    "silu_product": [_POINTER] * 2 + [_INTEGER],
-    "rotate_and_store_fp32": [_POINTER] * 10 + [_INTEGER] * 6,
-    "rotate_and_store_bf16": [_POINTER] * 10 + [_INTEGER] * 6,
-    "attend_fp32": [_POINTER] * 7 + [_INTEGER] * 6 + [_FLOAT],
-    "attend_bf16": [_POINTER] * 7 + [_INTEGER] * 6 + [_FLOAT],
+    "linear": [_POINTER] * 3 + [_INTEGER] * 2,
+    "rms_norm": [_POINTER] * 2 + [_INTEGER] + [_POINTER] + [_INTEGER] * 2 + [_FLOAT],
+    "llama_layers": [_POINTER] * 2 + [_INTEGER] + [_POINTER, _FLOAT],
     "sample": [_POINTER] * 10 + [_INTEGER] * 2,
 }
 

@@ -76,6 +76,15 @@ static inline Floats multiply_add(Floats a, Floats b, Floats c) {
 #endif
 }
 
+// Keeps a value that is used several times in a register; GCC would read it from memory again for each use.
+static inline void keep(Floats& value) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(value));
+#elif defined(__AVX2__)
+    asm("" : "+x"(value));
+#endif
+}
+
 static inline Floats broadcast(float value) { return value - Floats{}; }
 
 // In every run of 2 * HALF lanes of a, then of b, the lower half plus the upper half.

@@ -258,7 +258,7 @@ def watched(monkeypatch, model, **options):
     sampler, streamed, projected, graphs = Sampler(model, eos_ids=(), **options), [], [], []
     decoder = sampler.engine.decoder
     hidden, logits = decoder.hidden, decoder.logits
-    monkeypatch.setattr(decoder, "hidden", lambda s, cache: streamed.append(len(s.tokens_T)) or hidden(s, cache))
+    monkeypatch.setattr(decoder, "hidden", lambda s: streamed.append(len(s.tokens_T)) or hidden(s))
 
     def project(rows):
         projected.append(len(rows))

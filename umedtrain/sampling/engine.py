@@ -15,7 +15,7 @@ import torch
 
 from umedtrain.model.llama import Llama
 from umedtrain.sampling.drawing import Drawer, Drawn, padded, top_logprobs
-from umedtrain.sampling.forward import Decoder, Stream
+from umedtrain.sampling.forward import PagedCache, Stream, Weights, make_decoder
 from umedtrain.sampling.pages import PagePool
 from umedtrain.sampling.requests import Request
 from umedtrain.sampling.scheduler import Chunk, Scheduler
@@ -60,15 +60,16 @@ class Engine:
         config = model.config
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, tuple(eos_ids)
         self.device = model.lm_head_weight.device
-        self.decoder = Decoder(model, exact=exact, quantize=quantize)
+        self.weights = Weights(model, quantize=quantize)
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE_SIZE
         pages_of_all = max_rows * -(-config.max_position_embeddings // PAGE_SIZE)
         num_pages = min(cache_bytes // (numbers * model.lm_head_weight.element_size()), pages_of_all)
         self.pool = PagePool(num_pages, PAGE_SIZE)
-        self.cache = self.decoder.cache(num_pages, PAGE_SIZE)
+        self.cache = PagedCache(config, num_pages, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
+        self.decoder = make_decoder(self.weights, self.cache, exact=exact)
         self.scheduler = Scheduler(self.pool, max_rows=max_rows, chunk_tokens=chunk_tokens)
         self._texts: dict[Sequence, GrowingText] = {}
-        self._version = self.decoder.version()
+        self._version = self.weights.version()
         self.computed_tokens = 0
 
     @property
@@ -116,7 +117,7 @@ class Engine:
         return self._decode([chunk.sequence for chunk in chunks])
 
     def _check_weights(self) -> None:
-        version = self.decoder.version()
+        version = self.weights.version()
         if version == self._version:
             return
         if self.scheduler.running:
@@ -125,6 +126,8 @@ class Engine:
                 "cache are those of other weights; finish or cancel requests before updating the model"
             )
         self.pool.forget()
+        self.weights.forget_copies()
+        self.decoder.refresh()
         self._version = version
 
     def _stops(self, sequence: Sequence) -> tuple[int, ...]:
@@ -162,7 +165,7 @@ class Engine:
         tokens_T, rows_T, positions_T = torch.tensor([tokens, rows, positions], device=self.device).unbind(0)
         table_BM = self._tables([chunk.sequence for chunk in chunks])
         stream = Stream(tokens_T, rows_T, positions_T, table_BM, singles, tuple(spans[singles:]))
-        hidden_TD = self.decoder.hidden(stream, self.cache)
+        hidden_TD = self.decoder.hidden(stream)
         self.computed_tokens += len(tokens)
 
         progressed, drawing, last_rows = [], [], []
@@ -216,7 +219,7 @@ class Engine:
         history: list[Drawn] = []
         for _ in range(steps):
             stream = Stream(token_R.contiguous(), rows_R, position_R.contiguous(), table_BM, len(sequences))
-            history.append(self._draw(self.decoder.hidden(stream, self.cache), drawers))
+            history.append(self._draw(self.decoder.hidden(stream), drawers))
             token_R, position_R = history[-1].token_R, position_R + 1
             if self.device.type == "cpu" and bool(history[-1].stopped_R.any()):
                 break

@@ -1,4 +1,4 @@
-// What a Llama layer does between its linear layers, for a stream of tokens of many sequences over a paged cache.
+// The layers of a Llama, for a stream of tokens of many sequences over a paged cache.
 //
 // The cache is [pages, slots, key-value heads, head dimension], fp32 or bf16. Position j of sequence s is slot
 // j % slots of page table[s, j / slots]. A token's results depend on its own sequence only, in every bit: its keys are
@@ -6,9 +6,10 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
-#include "vectors.h"
+#include "linear.h"
 
 namespace {
 
@@ -164,23 +165,27 @@ void attend(
     }
 }
 
-}  // namespace
+inline float float_of(float value) { return value; }
 
-extern "C" {
+inline float float_of(bfloat16 value) {
+    uint32_t bits = uint32_t(value.bits) << 16;
+    float result;
+    std::memcpy(&result, &bits, 4);
+    return result;
+}
 
-// x / rms(x) * weight for each row; the weight is fp32.
-void rms_norm(const float* x, const float* weight, float* out, int64_t rows, int64_t width, float eps) {
+template <typename Weight>
+void norm(const float* x, const Weight* weight, float* out, int64_t rows, int64_t width, float eps) {
 #pragma omp parallel for schedule(static)
     for (int64_t row = 0; row < rows; row++) {
         const float* source = x + row * width;
         Floats squares = {};
-        int64_t i = 0;
-        for (; i < width; i += LANES) {
+        for (int64_t i = 0; i < width; i += LANES) {
             Floats part = i + LANES <= width ? load(source + i) : load_some(source + i, width - i);
             squares = multiply_add(part, part, squares);
         }
         float factor = 1.0f / std::sqrt(total(squares) / float(width) + eps);
-        for (i = 0; i < width; i++) out[row * width + i] = source[i] * factor * weight[i];
+        for (int64_t i = 0; i < width; i++) out[row * width + i] = source[i] * factor * float_of(weight[i]);
     }
 }
 
@@ -189,8 +194,8 @@ void silu_product(float* gate, const float* up, int64_t count) {
     constexpr int64_t CHUNK = 4096;
 #pragma omp parallel for schedule(static)
     for (int64_t start = 0; start < count; start += CHUNK) {
-        int64_t end = std::min(count, start + CHUNK), i = start;
-        for (; i < end; i += LANES) {
+        int64_t end = std::min(count, start + CHUNK);
+        for (int64_t i = start; i < end; i += LANES) {
             bool whole = i + LANES <= end;
             Floats x = whole ? load(gate + i) : load_some(gate + i, end - i);
             Floats y = whole ? load(up + i) : load_some(up + i, end - i);
@@ -202,29 +207,68 @@ void silu_product(float* gate, const float* up, int64_t count) {
     }
 }
 
-#define CACHE_FUNCTIONS(name, Cache)                                                                                \
-    void rotate_and_store_##name(                                                                                  \
-        float* q, const float* k, const float* v, const float* cosine, const float* sine, const int64_t* sequence, \
-        const int64_t* position, const int32_t* table, Cache* keys, Cache* values, int64_t tokens, int64_t heads,  \
-        int64_t kv_heads, int64_t head_dim, int64_t slots, int64_t table_width                                     \
-    ) {                                                                                                            \
-        rotate_and_store(                                                                                          \
-            q, k, v, cosine, sine, sequence, position, table, keys, values, tokens, heads, kv_heads, head_dim,     \
-            slots, table_width                                                                                     \
-        );                                                                                                         \
-    }                                                                                                              \
-    void attend_##name(                                                                                            \
-        const float* q, float* out, const int64_t* sequence, const int64_t* position, const int32_t* table,        \
-        const Cache* keys, const Cache* values, int64_t tokens, int64_t heads, int64_t kv_heads, int64_t head_dim, \
-        int64_t slots, int64_t table_width, float scale                                                            \
-    ) {                                                                                                            \
-        attend(                                                                                                    \
-            q, out, sequence, position, table, keys, values, tokens, heads, kv_heads, head_dim, slots, table_width, \
-            scale                                                                                                  \
-        );                                                                                                         \
-    }
+// What Python fills in as numbers of 64 bits.
+struct Layer {
+    const void *attention_norm, *mlp_norm;  // in the cache's dtype
+    void *keys, *values;
+    Matrix q, k, v, o, gate, up, down;
+};
 
-CACHE_FUNCTIONS(fp32, float)
-CACHE_FUNCTIONS(bf16, bfloat16)
+struct Pass {
+    int64_t layers, tokens, hidden, heads, kv_heads, head_dim, slots, table_width;
+    const float *cosine, *sine;
+    const int64_t *sequence, *position;
+    const int32_t* table;
+};
+
+template <typename Cache>
+void run_layers(const Layer* layers, const Pass& pass, float* x, float eps) {
+    int64_t tokens = pass.tokens, q_width = pass.heads * pass.head_dim, k_width = pass.kv_heads * pass.head_dim;
+    int64_t widest = pass.layers ? layers[0].gate.outputs : 0;
+    auto room = [&](int64_t width) { return std::unique_ptr<float[]>(new float[tokens * width]); };
+    auto h = room(pass.hidden), q = room(q_width), k = room(k_width), v = room(k_width), out = room(q_width);
+    auto gate = room(widest), up = room(widest);
+    for (int64_t index = 0; index < pass.layers; index++) {
+        const Layer& layer = layers[index];
+        auto *keys = static_cast<Cache*>(layer.keys), *values = static_cast<Cache*>(layer.values);
+        norm(x, static_cast<const Cache*>(layer.attention_norm), h.get(), tokens, pass.hidden, eps);
+        linear(h.get(), layer.q, q.get(), tokens, false);
+        linear(h.get(), layer.k, k.get(), tokens, false);
+        linear(h.get(), layer.v, v.get(), tokens, false);
+        rotate_and_store(
+            q.get(), k.get(), v.get(), pass.cosine, pass.sine, pass.sequence, pass.position, pass.table, keys, values,
+            tokens, pass.heads, pass.kv_heads, pass.head_dim, pass.slots, pass.table_width
+        );
+        attend(
+            q.get(), out.get(), pass.sequence, pass.position, pass.table, keys, values, tokens, pass.heads,
+            pass.kv_heads, pass.head_dim, pass.slots, pass.table_width, 1.0f / std::sqrt(float(pass.head_dim))
+        );
+        linear(out.get(), layer.o, x, tokens, true);
+        norm(x, static_cast<const Cache*>(layer.mlp_norm), h.get(), tokens, pass.hidden, eps);
+        linear(h.get(), layer.gate, gate.get(), tokens, false);
+        linear(h.get(), layer.up, up.get(), tokens, false);
+        silu_product(gate.get(), up.get(), tokens * widest);
+        linear(gate.get(), layer.down, x, tokens, true);
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// x / rms(x) * weight for each row.
+void rms_norm(const float* x, const void* weight, int64_t kind, float* out, int64_t rows, int64_t width, float eps) {
+    if (kind == BF16) {
+        norm(x, static_cast<const bfloat16*>(weight), out, rows, width, eps);
+    } else {
+        norm(x, static_cast<const float*>(weight), out, rows, width, eps);
+    }
+}
+
+// x, [tokens, hidden], goes through all layers in place. `kind` is the dtype of caches and norms.
+void llama_layers(const int64_t* layers, const int64_t* pass, int64_t kind, float* x, float eps) {
+    auto run = kind == BF16 ? run_layers<bfloat16> : run_layers<float>;
+    run(reinterpret_cast<const Layer*>(layers), *reinterpret_cast<const Pass*>(pass), x, eps);
+}
 
 }
