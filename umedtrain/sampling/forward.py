@@ -1,8 +1,8 @@
 """A Llama's forward pass for decoding, over a paged key-value cache and on the model's own weights.
 
 Twice: `CppDecoder` for CPUs, with fp32 activations (`umedtrain.kernels.cpu`), and `TorchDecoder` for any device, with
-the Triton kernels on a GPU. In the former every token's results have the same bits whatever else is computed in the same
-pass; `TorchDecoder(exact=True)` gets there by giving every matrix product the same number of rows.
+the Triton kernels on a GPU. In the former every token's results have the same bits whatever else is computed in the
+same pass; `TorchDecoder(exact=True)` gets there by giving every matrix product the same number of rows.
 
 Shape suffixes: T tokens of the pass, D hidden size, H query heads, G key-value heads, K head dimension, B sequences, M
 pages of a sequence, P pages, S slots of a page, R rows whose logits are wanted, V vocabulary.
