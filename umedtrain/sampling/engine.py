@@ -30,6 +30,14 @@ _ROUND = {"cpu": 16, "cuda": 16}
 _LOGITS_ROWS = 256
 
 
+class RequestError(ValueError):
+    """What has ended one request, and no other."""
+
+    def __init__(self, message: str, request: Request) -> None:
+        super().__init__(message)
+        self.request = request
+
+
 class Engine:
     """Requests in, finished sequences out.
 
@@ -101,11 +109,15 @@ class Engine:
             self._texts.pop(sequence, None)
 
     @torch.no_grad()
-    def step(self) -> list[Sequence]:
+    def step(self, most: int | None = None) -> list[Sequence]:
         """One round; returns the sequences with new tokens, or a prompt that has been scored.
 
+        Args:
+            most: tokens that a sequence may get in it, at most, for callers that want to see them early.
+
         Raises:
-            ValueError: when the model's logits are no numbers; that request is dropped.
+            RequestError: when the model's logits are no numbers; that request is dropped, and the others have the
+                tokens of the round.
             RuntimeError: when the weights have been written to while requests were running.
         """
         self._check_weights()
@@ -114,7 +126,7 @@ class Engine:
             return []
         if any(chunk.sequence.in_prompt for chunk in chunks):
             return self._pass(chunks)
-        return self._decode([chunk.sequence for chunk in chunks])
+        return self._decode([chunk.sequence for chunk in chunks], most or _ROUND.get(self.device.type, 1))
 
     def _check_weights(self) -> None:
         version = self.weights.version()
@@ -209,9 +221,9 @@ class Engine:
                 top = top_logprobs(logits_RV, params.top_logprobs, target_R, logprob_R)
                 sequence.prompt_top_logprobs += _pairs(top)
 
-    def _decode(self, sequences: list[Sequence]) -> list[Sequence]:
+    def _decode(self, sequences: list[Sequence], most: int) -> list[Sequence]:
         """Several tokens for sequences that only decode, up to where one of them may change what is to be done."""
-        steps = self._round(sequences)
+        steps = self._round(sequences, most)
         drawers, table_BM = self._drawers(sequences), self._tables(sequences)
         rows_R = torch.arange(len(sequences), device=self.device)
         columns = [[sequence.tokens[-1], sequence.computed] for sequence in sequences]
@@ -229,11 +241,11 @@ class Engine:
         self._take(history, sequences)
         return sequences
 
-    def _round(self, sequences: list[Sequence]) -> int:
+    def _round(self, sequences: list[Sequence], most: int) -> int:
         """How many tokens can be decoded at once; takes the pages for them."""
         if self._texts and any(sequence in self._texts for sequence in sequences):
             return 1
-        steps = min(_ROUND.get(self.device.type, 1), *(s.request.limit - s.generated for s in sequences))
+        steps = min(most, *(s.request.limit - s.generated for s in sequences))
         size = self.pool.page_size
         missing = sum(max(0, -(-(s.computed + steps) // size) - len(s.pages)) for s in sequences)
         if steps <= 1 or missing > self.pool.available:
@@ -263,9 +275,10 @@ class Engine:
         if broken:
             request = broken[0].request
             self.cancel([s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request is request])
-            raise ValueError(
+            raise RequestError(
                 f"{request.name}, sample {broken[0].sample}: the model's logits are not finite numbers; "
-                "check the checkpoint for NaN or inf, or load it with dtype=torch.float32"
+                "check the checkpoint for NaN or inf, or load it with dtype=torch.float32",
+                request,
             )
 
     def _ends(self, sequence: Sequence, token: int, stops: tuple[int, ...]) -> bool:
@@ -275,11 +288,11 @@ class Engine:
             self._finish(sequence, token)
         elif (text := self._texts.get(sequence)) is not None:
             new = text.push(token)
-            # A match may have begun before the new characters; one that is as old as min_tokens is not looked for.
-            longest = max(map(len, params.stop))
-            start = len(text.text) - len(new) - longest + 1
-            if sequence.generated >= params.min_tokens and new and (match := find_stop(text.text, params.stop, start)):
-                self._finish(sequence, match[1])
+            # A match may have begun before the new characters; one that was whole before min_tokens has been let pass.
+            known = len(text.text) - len(new)
+            if sequence.generated >= params.min_tokens and new and (match := find_stop(text.text, params.stop, known)):
+                sequence.stop_at, reason = match
+                self._finish(sequence, reason)
         if not sequence.finished and sequence.generated >= sequence.request.limit:
             self._finish(sequence, None)
         return sequence.finished

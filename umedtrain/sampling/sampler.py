@@ -147,11 +147,7 @@ class Sampler:
             return None
         ended_by_token = isinstance(sequence.stop_reason, int)
         text = self.tokenizer.decode(sequence.answer[:-1] if ended_by_token else sequence.answer)
-        if isinstance(sequence.stop_reason, str):
-            # Where the answer was ended; min_tokens may have let an earlier match pass.
-            at = text.rfind(sequence.stop_reason)
-            return text if at < 0 else text[:at]
-        return text
+        return text[: sequence.stop_at]
 
 
 def _best(outputs: list[Output], ids: list[int], params: SamplingParams, scorer: Scorer | None) -> list[Output]:

@@ -18,6 +18,7 @@ class Sequence:
         logprobs, draw_logprobs, top_logprobs: of the answer's tokens so far.
         prompt_logprobs, prompt_top_logprobs: of the prompt's tokens after the first so far.
         stop_reason: what ended it.
+        stop_at: where in the answer's text the stop string begins that ended it.
         text: the answer so far, if anything needs it decoded on the way.
     """
 
@@ -35,6 +36,7 @@ class Sequence:
         self.prompt_logprobs: list[float] = []
         self.prompt_top_logprobs: list[TopLogprobs] = []
         self.stop_reason: int | str | None = None
+        self.stop_at: int | None = None
         self.finished = False
 
     @property

@@ -41,9 +41,9 @@ class GrowingText:
         return new
 
 
-def find_stop(text: str, stops: Sequence[str], start: int = 0) -> tuple[int, str] | None:
-    """Place and string of the first match that begins at `start` or later; of several there, the longest."""
-    found = [(at, -len(stop), stop) for stop in stops if (at := text.find(stop, max(0, start))) >= 0]
+def find_stop(text: str, stops: Sequence[str], known: int = 0) -> tuple[int, str] | None:
+    """Place and string of the first match that ends after `known` characters; of several at that place, the longest."""
+    found = [(at, -len(s), s) for s in stops if (at := text.find(s, max(0, known - len(s) + 1))) >= 0]
     if not found:
         return None
     at, _, stop = min(found)
