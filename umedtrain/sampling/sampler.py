@@ -107,11 +107,7 @@ class Sampler:
         except BaseException:
             self.engine.cancel([sequence for sequences in samples.values() for sequence in sequences])
             raise
-        outputs = []
-        for index, request in enumerate(requests):
-            answers = [self.output(sequence, samples[index][0]) for sequence in samples[index]]
-            outputs.append(_best(answers, request.ids, request.params, scorer))
-        return outputs
+        return [self.outputs(samples[index], scorer) for index in range(len(requests))]
 
     def score(self, prompts: Sequence[Prompt]) -> list[list[float | None]]:
         """Log-probability of each token of the prompts, computed as in `generate`; None for the first."""
@@ -126,6 +122,12 @@ class Sampler:
             finished += ended
             if progress and ended:
                 progress(finished, total)
+
+    def outputs(self, sequences: Sequence[in_engine.Sequence], scorer: Scorer | None = None) -> list[Output]:
+        """The answers to a request, all of whose sequences have finished: the best `n` of them."""
+        request = sequences[0].request
+        answers = [self.output(sequence, sequences[0]) for sequence in sequences]
+        return _best(answers, request.ids, request.params, scorer)
 
     def output(self, sequence: in_engine.Sequence, first: in_engine.Sequence) -> Output:
         """What a finished sequence has become; `first` is sample 0 of its request, which scored the prompt."""
