@@ -111,7 +111,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
 
 def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:
-    return [slice(start, min(start + chunk_rows, num_rows)) for start in range(0, num_rows, chunk_rows)]
+    """The one that is not full comes first, for the last one's logits need not be made again."""
+    return [slice(max(0, end - chunk_rows), end) for end in range(num_rows, 0, -chunk_rows)][::-1]
 
 
 def _buffer(num_rows: int, weight_VD: torch.Tensor) -> torch.Tensor:
