@@ -8,7 +8,16 @@ import pytest
 
 from tests.ranks import run_ranks
 from tests.recipes.material import ROOT, conversation, torchrun, write_rows
-from umedtrain.config import BatchConfig, DataConfig, LogConfig, ModelConfig, ParallelConfig, load_config, write_config
+from umedtrain.config import (
+    BatchConfig,
+    DataConfig,
+    LogConfig,
+    ModelConfig,
+    PairsConfig,
+    ParallelConfig,
+    load_config,
+    write_config,
+)
 from umedtrain.recipes import dpo, evaluate, generate, reward, sft
 from umedtrain.text.sentencepiece import train_sentencepiece
 
@@ -144,6 +153,73 @@ def test_a_tokenizer_with_a_larger_vocabulary(files, checkpoint, world, tmp_path
     with pytest.raises(ValueError) as error:
         sft.run(sft_of(tmp_path, files, model=model), world)
     assert_one_sentence(error, "330 tokens", "320 embeddings", "set model.tokenizer")
+
+
+def test_a_tokenizer_of_another_model(files, checkpoint, world, tmp_path):
+    train_sentencepiece([conversation(0)["conversations"][0]["value"]] * 20, tmp_path / "other.model", vocab_size=290)
+    model = ModelConfig(path=str(checkpoint), tokenizer=str(tmp_path / "other.model"))
+    with pytest.raises(ValueError) as error:
+        dpo.run(config_of(dpo.DPOConfig, tmp_path, files, file="preferences.jsonl", model=model), world)
+    assert_one_sentence(error, f"model.tokenizer {tmp_path / 'other.model'} gives other ids", str(checkpoint))
+    same = dataclasses.replace(model, tokenizer=str(files / "tokenizer.model"))
+    dpo.run(config_of(dpo.DPOConfig, tmp_path / "same", files, file="preferences.jsonl", model=same), world)
+
+
+PAIR = {"prompt": "Why?", "chosen": "Because of the liver.", "rejected": "Because of the lung."}
+PAIRS = {
+    "empty answer": ([PAIR, PAIR | {"rejected": " "}], ["line 2", "rejected", "is empty"]),
+    "identical answers": ([PAIR | {"rejected": PAIR["chosen"]}], ["line 1", "rejected", "equals `chosen`"]),
+    "missing field": ([PAIR, {"prompt": "Why?", "chosen": "x"}], ["line 2", "needs `chosen` and `rejected`"]),
+    "prompt over the budget": (
+        [PAIR | {"prompt": "why " * 500}],
+        ["no example is left to train on", "pair longer than 400 tokens: 1", "raise data.max_tokens"],
+    ),
+}
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "reward"])
+@pytest.mark.parametrize("case", PAIRS)
+def test_pairs_that_cannot_be_used(files, world, tmp_path, case, recipe):
+    rows, parts = PAIRS[case]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    schema, run = (dpo.DPOConfig, dpo.run) if recipe == "dpo" else (reward.RewardConfig, reward.run)
+    with pytest.raises(ValueError) as error:
+        run(config_of(schema, tmp_path, files, file=path), world)
+    assert_one_sentence(error, path, *parts)
+
+
+@pytest.mark.parametrize("recipe", ["dpo", "reward"])
+def test_what_care_and_length_drop_is_counted_in_the_summary(files, world, tmp_path, recipe):
+    longer = PAIR | {"rejected": "because " * 500}
+    lower = PAIR | {"prompt": "How?", "metadata": {"chosen": {"score": 1}, "rejected": {"score": 2}}}
+    path = write_rows(tmp_path / "pairs.jsonl", [PAIR, longer, PAIR, lower, PAIR | {"prompt": "When?"}])
+    held_out = write_rows(tmp_path / "held.jsonl", [PAIR | {"prompt": "When?", "chosen": "Now."}])
+    schema, run = (dpo.DPOConfig, dpo.run) if recipe == "dpo" else (reward.RewardConfig, reward.run)
+    care = PairsConfig(held_out=(held_out,), drop_held_out=True)
+    run(config_of(schema, tmp_path, files, file=path, pairs=care), world)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["dropped"] == {
+        "same prompt and answers as an earlier pair": {"count": 1, "first": [f"{path}:3"]},
+        "prompt stands in a held-out file": {"count": 1, "first": [f"{path}:5"]},
+        "pair longer than 400 tokens": {"count": 1, "first": [f"{path}:2"]},
+    }
+    assert summary["data"]["chosen does not score higher than rejected"] == {"count": 1, "first": [f"{path}:4"]}
+    assert (summary["data"]["pairs"], summary["data"]["prompts"]) == (4, 3)
+
+
+def test_a_reference_cache_of_other_weights_or_data(files, world, tmp_path):
+    config = config_of(dpo.DPOConfig, tmp_path, files, file="preferences.jsonl")
+    dpo.run(config, world)
+    other_file = write_rows(tmp_path / "other.jsonl", [PAIR])
+    changes = {
+        "weights": {"batch": dataclasses.replace(config.batch, seed=7)},
+        "examples": {"data": dataclasses.replace(config.data, files=(other_file,))},
+    }
+    for what, change in changes.items():
+        shutil.copytree(tmp_path / "run" / "reference", tmp_path / what / "reference")
+        with pytest.raises(ValueError) as error:
+            dpo.run(dataclasses.replace(config, output=str(tmp_path / what), **change), world)
+        assert_one_sentence(error, f"{tmp_path / what / 'reference'} holds a reference cache with other {what}")
 
 
 @pytest.mark.parametrize("recipe", ["sft", "dpo", "reward", "generate"])

@@ -22,11 +22,32 @@ from umedtrain.weights.fingerprint import weights_fingerprint
 Model = TypeVar("Model", Llama, RewardModel)
 
 
+_PROBE = (
+    "A 54-year-old man has 38.5 °C, crackles and a productive cough.\n\nWhich drug: β-blocker (10 mg) or macrolide?"
+)
+
+
 def build_tokenizer(config: ModelConfig) -> Tokenizer:
-    """The tokenizer that the config names, by default the checkpoint's own."""
+    """The tokenizer that the config names, by default the checkpoint's own.
+
+    Raises:
+        ValueError: without a tokenizer, or for one that gives other ids than the one in the checkpoint's directory.
+    """
     if not (config.tokenizer or config.path):
         raise ValueError("model.tokenizer is empty: name a tokenizer directory or file, or a checkpoint in model.path")
-    return load_tokenizer(config.tokenizer or config.path)
+    tokenizer = load_tokenizer(config.tokenizer or config.path)
+    if config.tokenizer and config.path and Path(config.path).is_dir():
+        try:
+            own = load_tokenizer(config.path)
+        except (ValueError, ImportError):  # none there, or none that can be read here
+            return tokenizer
+        # `check_vocabulary` has more to say of a tokenizer that is too large.
+        if tokenizer.vocab_size <= own.vocab_size and tokenizer.encode(_PROBE) != own.encode(_PROBE):
+            raise ValueError(
+                f"model.tokenizer {config.tokenizer} gives other ids than the tokenizer in {config.path}; leave "
+                "model.tokenizer out, or name the one that the model was trained with"
+            )
+    return tokenizer
 
 
 def build_loader(sources: Sequence[Sequence[Example]], data: DataConfig, batch: BatchConfig, world: World) -> Loader:
