@@ -1,21 +1,24 @@
 """Launches of `umedtrain.kernels.norm`: forward and backward, alone and with the residual addition."""
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
 
-from umedtrain.kernels.norm import add_rms_norm, rms_norm
+from umedtrain.kernels.norm import WIDEST_FORWARD, add_rms_norm, rms_norm
 from umedtrain.kernels.offline.cases import LlamaShape
 
 
 def cases(shape: LlamaShape) -> dict[str, Callable[[], None]]:
-    """bf16 with bf16 weights, with fp32 master weights, and fp32."""
+    """bf16 with bf16 weights, with fp32 master weights, and fp32; and bf16 rows that no program holds whole."""
     bf16, fp32 = torch.bfloat16, torch.float32
     dtypes = {"bf16": (bf16, bf16), "bf16, fp32 weight": (bf16, fp32), "fp32": (fp32, fp32)}
+    wide = dataclasses.replace(shape, hidden=WIDEST_FORWARD + 4096)
+    kinds = {**{name: (shape, *pair) for name, pair in dtypes.items()}, "bf16, wide": (wide, bf16, bf16)}
     return {
-        f"{run.__name__.strip('_')}, {name}": lambda run=run, pair=pair: run(shape, *pair)
+        f"{run.__name__.strip('_')}, {name}": lambda run=run, kind=kind: run(*kind)
         for run in (_rms_norm, _add_rms_norm)
-        for name, pair in dtypes.items()
+        for name, kind in kinds.items()
     }
 
 
