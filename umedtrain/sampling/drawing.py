@@ -66,7 +66,7 @@ class Drawer:
         temperature_R, min_p_R, self.top_p_R = _columns(fractions, torch.float64, device)
         self.temperature_R, self.min_p_R = temperature_R.float(), min_p_R.float()
         self.stops_RE = padded(stops, device)
-        self.most_top = most_top
+        self.rows, self.most_top = len(sequences), most_top
         self._in_cpp = device.type == "cpu" and cpu.available()
         self._adjusts = any(p.adjusts_logits for p in params_R)
         if self._adjusts:
@@ -87,6 +87,10 @@ class Drawer:
                 if p.logit_bias:
                     ids = torch.tensor(list(p.logit_bias), device=device)
                     self._bias_RV[row, ids] = torch.tensor(list(p.logit_bias.values()), device=device)
+
+    def skip(self, places: Rows[int]) -> None:
+        """Let each row draw for a place so many after its sequence's next one."""
+        self.generated_R = self.generated_R + torch.tensor(places, device=self.generated_R.device)
 
     def draw(self, logits_RV: torch.Tensor) -> Drawn:
         """The next token of every row from the model's fp32 logits; counts it as generated."""

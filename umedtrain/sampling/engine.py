@@ -9,17 +9,20 @@ Shape suffixes: T tokens of a pass, R rows (sequences), V vocabulary.
 
 import math
 from collections.abc import Sequence as Listed
-from typing import Literal
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 from umedtrain.model.llama import Llama
 from umedtrain.sampling.drawing import Drawer, Drawn, padded, top_logprobs
 from umedtrain.sampling.forward import PagedCache, Stream, Weights, make_decoder
 from umedtrain.sampling.pages import PagePool
+from umedtrain.sampling.params import TopLogprobs
 from umedtrain.sampling.requests import Request
 from umedtrain.sampling.scheduler import Chunk, Scheduler
 from umedtrain.sampling.sequence import Sequence
+from umedtrain.sampling.speculation import DraftModel, PromptLookup
 from umedtrain.sampling.stops import GrowingText, find_stop
 from umedtrain.text.tokenizer import Tokenizer
 
@@ -51,6 +54,7 @@ class Engine:
         chunk_tokens: tokens of prompts in one pass.
         exact: see `Sampler`.
         quantize: see `Sampler`.
+        draft, draft_tokens: see `Sampler`.
     """
 
     def __init__(
@@ -64,6 +68,8 @@ class Engine:
         chunk_tokens: int = 2048,
         exact: bool = False,
         quantize: Literal["int8", "int4"] | None = None,
+        draft: Llama | None = None,
+        draft_tokens: int = 0,
     ) -> None:
         config = model.config
         self.model, self.tokenizer, self.eos_ids = model, tokenizer, tuple(eos_ids)
@@ -76,9 +82,12 @@ class Engine:
         self.cache = PagedCache(config, num_pages, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
         self.decoder = make_decoder(self.weights, self.cache, exact=exact)
         self.scheduler = Scheduler(self.pool, max_rows=max_rows, chunk_tokens=chunk_tokens)
+        self.draft_tokens, self.drafter = draft_tokens, PromptLookup() if draft_tokens else None
+        if draft is not None and draft_tokens:
+            self.drafter = DraftModel(draft, self.cache, self._drawers, exact=exact)
         self._texts: dict[Sequence, GrowingText] = {}
-        self._version = self.weights.version()
-        self.computed_tokens = 0
+        self._version = self._current_version()
+        self.computed_tokens = self.confirmed_tokens = 0
 
     @property
     def busy(self) -> bool:
@@ -128,8 +137,11 @@ class Engine:
             return self._pass(chunks)
         return self._decode([chunk.sequence for chunk in chunks], most or _ROUND.get(self.device.type, 1))
 
+    def _current_version(self) -> tuple[int, int]:
+        return self.weights.version(), self.drafter.version() if self.drafter else 0
+
     def _check_weights(self) -> None:
-        version = self.weights.version()
+        version = self._current_version()
         if version == self._version:
             return
         if self.scheduler.running:
@@ -140,6 +152,8 @@ class Engine:
         self.pool.forget()
         self.weights.forget_copies()
         self.decoder.refresh()
+        if self.drafter:
+            self.drafter.refresh()
         self._version = version
 
     def _stops(self, sequence: Sequence) -> tuple[int, ...]:
@@ -159,6 +173,12 @@ class Engine:
         blocks = zip(drawers, hidden_RD.split(_LOGITS_ROWS), strict=True)
         return Drawn.join([drawer.draw(self.decoder.logits(block)) for drawer, block in blocks])
 
+    def _hidden(self, stream: Stream) -> torch.Tensor:
+        self.computed_tokens += len(stream.tokens_T)
+        if self.drafter:
+            self.drafter.follow(stream)
+        return self.decoder.hidden(stream)
+
     def _tables(self, sequences: Listed[Sequence]) -> torch.Tensor:
         # Entries past a sequence's end are never looked at, but must be pages.
         return padded([sequence.pages for sequence in sequences], self.device, torch.int32).clamp_(min=0)
@@ -177,8 +197,7 @@ class Engine:
         tokens_T, rows_T, positions_T = torch.tensor([tokens, rows, positions], device=self.device).unbind(0)
         table_BM = self._tables([chunk.sequence for chunk in chunks])
         stream = Stream(tokens_T, rows_T, positions_T, table_BM, singles, tuple(spans[singles:]))
-        hidden_TD = self.decoder.hidden(stream)
-        self.computed_tokens += len(tokens)
+        hidden_TD = self._hidden(stream)
 
         progressed, drawing, last_rows = [], [], []
         for chunk, (first, count) in zip(chunks, spans, strict=True):
@@ -204,7 +223,8 @@ class Engine:
     def _fork(self, leader: Sequence) -> list[Sequence]:
         forks = self.scheduler.fork(leader)
         copies = [(source, target) for _, source, target in forks if source is not None]
-        self.cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
+        for cache in (self.cache, self.drafter) if self.drafter else (self.cache,):
+            cache.copy_pages([source for source, _ in copies], [target for _, target in copies])
         return [sequence for sequence, *_ in forks]
 
     def _score_prompt(self, sequence: Sequence, hidden_TD: torch.Tensor) -> None:
@@ -223,6 +243,8 @@ class Engine:
 
     def _decode(self, sequences: list[Sequence], most: int) -> list[Sequence]:
         """Several tokens for sequences that only decode, up to where one of them may change what is to be done."""
+        if self.drafter and (guesses := self._guesses(sequences)):
+            return self._confirm(sequences, guesses)
         steps = self._round(sequences, most)
         drawers, table_BM = self._drawers(sequences), self._tables(sequences)
         rows_R = torch.arange(len(sequences), device=self.device)
@@ -231,11 +253,10 @@ class Engine:
         history: list[Drawn] = []
         for _ in range(steps):
             stream = Stream(token_R.contiguous(), rows_R, position_R.contiguous(), table_BM, len(sequences))
-            history.append(self._draw(self.decoder.hidden(stream), drawers))
+            history.append(self._draw(self._hidden(stream), drawers))
             token_R, position_R = history[-1].token_R, position_R + 1
             if self.device.type == "cpu" and bool(history[-1].stopped_R.any()):
                 break
-        self.computed_tokens += len(history) * len(sequences)
         for sequence in sequences:
             sequence.computed += len(history)
         self._take(history, sequences)
@@ -254,23 +275,69 @@ class Engine:
             self.scheduler.make_room(sequence, steps)
         return steps
 
+    def _guesses(self, sequences: list[Sequence]) -> list[list[int]]:
+        """Guesses for each sequence, for which it then has pages; nothing where it does not pay or cannot be done."""
+        count = min(self.draft_tokens, *(s.request.limit - s.generated - 1 for s in sequences))
+        # Adjusted logits depend on the tokens before, of which the guesses are not certain.
+        if count < 1 or any(s.request.params.adjusts_logits for s in sequences):
+            return []
+        size = self.pool.page_size
+        missing = sum(max(0, -(-(s.computed + 1 + count) // size) - len(s.pages)) for s in sequences)
+        if missing > self.pool.available:
+            return []
+        for sequence in sequences:
+            self.scheduler.make_room(sequence, 1 + count)
+        guesses = self.drafter.propose(sequences, self._tables(sequences), count)
+        return guesses if any(guesses) else []
+
+    def _confirm(self, sequences: list[Sequence], guesses: list[list[int]]) -> list[Sequence]:
+        """Compute the last token and the guesses of each sequence in one pass, and keep what is drawn anyway."""
+        pieces = [[s.tokens[-1], *guess] for s, guess in zip(sequences, guesses, strict=True)]
+        order = sorted(range(len(sequences)), key=lambda row: len(pieces[row]) != 1)
+        sequences, pieces = [sequences[row] for row in order], [pieces[row] for row in order]
+        cells = [(row, place) for row, piece in enumerate(pieces) for place in range(len(piece))]
+        rows, places = zip(*cells, strict=True)
+        positions = [sequences[row].computed + place for row, place in cells]
+        tokens = [token for piece in pieces for token in piece]
+        tokens_T, rows_T, positions_T = torch.tensor([tokens, rows, positions], device=self.device).unbind(0)
+        starts = np.cumsum([0, *map(len, pieces)]).tolist()
+        singles = sum(len(piece) == 1 for piece in pieces)
+        chunks = tuple((starts[row], len(pieces[row])) for row in range(singles, len(pieces)))
+        stream = Stream(tokens_T, rows_T, positions_T, self._tables(sequences), singles, chunks)
+        drawers = self._drawers([sequences[row] for row in rows])
+        for drawer, first in zip(drawers, range(0, len(cells), _LOGITS_ROWS), strict=True):
+            drawer.skip(places[first : first + _LOGITS_ROWS])
+        self.computed_tokens += len(cells)
+        drawn = self._draw(self.decoder.hidden(stream), drawers)
+        columns = _columns([drawn])
+        answers = []
+        for row, (sequence, piece) in enumerate(zip(sequences, pieces, strict=True)):
+            own = [column[0] for column in columns[starts[row] : starts[row + 1]]]
+            right = next((i for i, guess in enumerate(piece[1:]) if guess != own[i].token), len(piece) - 1)
+            sequence.computed += right + 1
+            self.confirmed_tokens += right
+            answers.append(own[: right + 1])
+        self._give(sequences, answers)
+        return sequences
+
     def _take(self, history: list[Drawn], sequences: list[Sequence]) -> None:
-        """Give each sequence its tokens, up to the one that ends it."""
-        tokens, logprobs, draw_logprobs = (
-            torch.stack([getattr(drawn, name) for drawn in history]).t().tolist()
-            for name in ("token_R", "logprob_R", "draw_logprob_R")
-        )
-        tops = [_pairs(drawn.top_RW) for drawn in history if drawn.top_RW]
-        broken = [s for s, values in zip(sequences, logprobs, strict=True) if not math.isfinite(sum(values))]
-        for row, sequence in enumerate(sequences):
+        """Give each sequence the tokens that were drawn for it one after the other."""
+        self._give(sequences, _columns(history))
+
+    def _give(self, sequences: list[Sequence], answers: list[list["_Token"]]) -> None:
+        """Add to each answer, up to the token that ends it."""
+        broken = []
+        for sequence, tokens in zip(sequences, answers, strict=True):
+            if not math.isfinite(sum(token.logprob for token in tokens)):
+                broken.append(sequence)
             stops = self._stops(sequence)
-            for step, token in enumerate(tokens[row]):
-                sequence.tokens.append(token)
-                sequence.logprobs.append(logprobs[row][step])
-                sequence.draw_logprobs.append(draw_logprobs[row][step])
+            for token in tokens:
+                sequence.tokens.append(token.token)
+                sequence.logprobs.append(token.logprob)
+                sequence.draw_logprobs.append(token.draw_logprob)
                 if count := sequence.request.params.top_logprobs:
-                    sequence.top_logprobs.append(tops[step][row][:count])
-                if self._ends(sequence, token, stops):
+                    sequence.top_logprobs.append(token.top[:count])
+                if self._ends(sequence, token.token, stops):
                     break
         if broken:
             request = broken[0].request
@@ -301,6 +368,24 @@ class Engine:
         sequence.finished, sequence.stop_reason = True, reason
         self.scheduler.remove(sequence)
         self._texts.pop(sequence, None)
+
+
+class _Token(NamedTuple):
+    token: int
+    logprob: float
+    draw_logprob: float
+    top: TopLogprobs
+
+
+def _columns(history: list[Drawn]) -> list[list[_Token]]:
+    """For each row what was drawn at each step, on the host."""
+    tokens, logprobs, draw_logprobs = (
+        torch.stack([getattr(drawn, name) for drawn in history]).t().tolist()
+        for name in ("token_R", "logprob_R", "draw_logprob_R")
+    )
+    tops = [_pairs(drawn.top_RW) if drawn.top_RW else [()] * len(tokens) for drawn in history]
+    columns = zip(tokens, logprobs, draw_logprobs, zip(*tops, strict=True), strict=True)
+    return [[_Token(*cell) for cell in zip(*column, strict=True)] for column in columns]
 
 
 def _pairs(top_RW: tuple[torch.Tensor, torch.Tensor]) -> list[list[tuple[int, float]]]:
