@@ -1,8 +1,9 @@
 """The C++ of this folder, compiled for the machine that runs it when it is first wanted.
 
 The library lies in ~/.cache/umedtrain (or $XDG_CACHE_HOME/umedtrain), under a name made from the sources, the compiler
-and the processor, so that it is compiled once on each machine and a shared home folder holds one for each kind. It
-uses the OpenMP runtime, and with it the threads, that PyTorch has loaded already.
+and the processor, so that it is compiled once on each machine and a shared home folder holds one for each kind. Where
+that folder cannot be written to, each process compiles its own. It uses the OpenMP runtime, and with it the threads,
+that PyTorch has loaded already.
 """
 
 import ctypes
@@ -43,12 +44,12 @@ def library() -> ctypes.CDLL | None:
         )
         return None
     try:
-        return _load(_compiled(compiler))
+        return _compiled(compiler)
     except (subprocess.CalledProcessError, OSError) as error:
-        detail = getattr(error, "stderr", None) or str(error)
+        detail = (getattr(error, "stderr", None) or "").strip() or str(error)
         warnings.warn(
             f"{compiler} could not make the decoding library, so PyTorch's slower layers are used: "
-            f"{detail.strip().splitlines()[0]}",
+            f"{detail.splitlines()[0]}",
             stacklevel=2,
         )
         return None
@@ -58,22 +59,31 @@ def _compiler() -> str | None:
     return next((path for name in (os.environ.get("CXX"), "g++", "c++") if name and (path := shutil.which(name))), None)
 
 
-def _compiled(compiler: str) -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umedtrain"
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"decode-{_fingerprint(compiler)}.so"
-    if target.exists():
-        return target
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        objects = []
-        for source in _SOURCES:
-            objects.append(f"{scratch}/{source}.o")
-            _run(compiler, *_FLAGS, "-c", str(_FOLDER / source), "-o", objects[-1])
-        result = Path(scratch) / target.name
-        _run(compiler, "-shared", *objects, *_openmp(), "-o", str(result))
-        # Ranks that compile at the same time replace one another's equal files.
-        result.replace(target)
-    return target
+def _compiled(compiler: str) -> ctypes.CDLL:
+    name = f"decode-{_fingerprint(compiler)}.so"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "umedtrain"
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists():
+            return _load(folder / name)
+        scratch = tempfile.TemporaryDirectory(dir=folder)
+    except (OSError, RuntimeError):  # a read-only home, or none
+        folder, scratch = None, tempfile.TemporaryDirectory()
+    with scratch:
+        path = _build(compiler, Path(scratch.name), name)
+        if folder is not None:
+            # Ranks that compile at the same time replace one another's equal files.
+            path = path.replace(folder / name)
+        return _load(path)
+
+
+def _build(compiler: str, folder: Path, name: str) -> Path:
+    objects = []
+    for source in _SOURCES:
+        objects.append(str(folder / f"{source}.o"))
+        _run(compiler, *_FLAGS, "-c", str(_FOLDER / source), "-o", objects[-1])
+    _run(compiler, "-shared", *objects, *_openmp(), "-o", str(folder / name))
+    return folder / name
 
 
 def _run(*command: str) -> None:
