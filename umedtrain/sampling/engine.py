@@ -8,6 +8,7 @@ Shape suffixes: T tokens of a pass, R rows (sequences), V vocabulary.
 """
 
 import math
+from collections.abc import Collection
 from collections.abc import Sequence as Listed
 from typing import Literal, NamedTuple
 
@@ -111,10 +112,10 @@ class Engine:
             self._texts.update({sequence: GrowingText(self.tokenizer) for sequence in sequences})
         return sequences
 
-    def cancel(self, sequences: Listed[Sequence]) -> None:
+    def cancel(self, sequences: Collection[Sequence]) -> None:
         """Drop sequences and what they hold."""
+        self.scheduler.discard(sequences)
         for sequence in sequences:
-            self.scheduler.remove(sequence)
             self._texts.pop(sequence, None)
 
     @torch.no_grad()

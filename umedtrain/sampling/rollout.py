@@ -6,6 +6,7 @@ rollout ends with the same rows as an undisturbed one, on any number of ranks.
 
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +41,7 @@ def rollout(
     world: World,
     *,
     weights: str,
-    chunk: int = 128,
+    chunk: int = 32,
     progress: bool = True,
 ) -> list[Row]:
     """`params.n` answers to every prompt, in the order of the prompts, on every rank. Collective.
@@ -52,7 +53,7 @@ def rollout(
         params: with a seed, without which a resumed rollout would not continue the same one.
         folder: on a file system that all ranks share.
         weights: name of what is being sampled; part of the rollout's identity.
-        chunk: prompts that a rank samples between two writes.
+        chunk: finished prompts that are written, and synced to disk, together.
 
     Raises:
         ValueError: when the folder holds another rollout, or a damaged row.
@@ -67,11 +68,16 @@ def rollout(
         parts.append() as append,
         tqdm(total=len(mine), desc=folder.name, unit="prompt", disable=hidden, leave=False) as bar,
     ):
-        for start in range(0, len(mine), chunk):
-            indices = mine[start : start + chunk]
-            outputs = sampler.generate([list(prompts[index]) for index in indices], params)
-            append([_row(index, answers) for index, answers in zip(indices, outputs, strict=True)])
-            bar.update(len(indices))
+        tokens, ready, started = 0, [], time.monotonic()
+        for place, answers in sampler.stream([list(prompts[index]) for index in mine], params):
+            ready.append(_row(mine[place], answers))
+            tokens += sum(len(answer.tokens) for answer in answers)
+            bar.set_postfix({"token/s": f"{tokens / (time.monotonic() - started):.0f}"}, refresh=False)
+            bar.update()
+            if len(ready) == chunk:
+                append(ready)
+                ready = []
+        append(ready)
     rows = parts.rows()
     assert [row["index"] for row in rows] == list(range(len(prompts)))
     return rows

@@ -1,6 +1,6 @@
 """Sampling from a Llama: the public face of `Engine`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 from torch.distributed.tensor import DTensor
@@ -102,7 +102,7 @@ class Sampler:
             prompts: each a list of token ids; or a string, encoded as plain text after the BOS token; or a list of
                 messages, rendered as a chat up to the start of the assistant's turn.
             params: for all prompts, or a list with one for each.
-            progress: called with (finished samples, all samples) whenever samples have finished.
+            progress: called with (finished samples, all samples) whenever a prompt has all of its own.
             scorer: with `best_of`: (prompt's ids, its outputs) -> a number each, of which the largest are best; the
                 mean logprob of their tokens if None.
 
@@ -110,35 +110,54 @@ class Sampler:
             ValueError: naming the prompt that is empty, too long, not text or ids, or holds an unknown id, or that
                 alone needs more than `cache_bytes`.
         """
-        requests = check_requests(prompts, params or SamplingParams(), self.tokenizer, self.model.config)
+        outputs: dict[int, list[Output]] = {}
+        finished, total = 0, None
+        for index, answers in self.stream(prompts, params, scorer=scorer):
+            outputs[index] = answers
+            if progress:
+                total = total or sum(asked.n for asked in _for_each(params, prompts))
+                finished += len(answers)
+                progress(finished, total)
+        return [outputs[index] for index in range(len(prompts))]
+
+    def stream(
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        scorer: Scorer | None = None,
+    ) -> Iterator[tuple[int, list[Output]]]:
+        """(index of the prompt, its outputs) as soon as all of them have finished; otherwise like `generate`.
+
+        Whatever is unfinished when the iterator is closed is dropped.
+        """
+        requests = check_requests(prompts, _for_each(params, prompts), self.tokenizer, self.model.config)
         for request in requests:
             self.engine.check_fits(request)
         # The longest first, so that none of them is left to finish alone.
         order = sorted(range(len(requests)), key=lambda i: -(len(requests[i].ids) + requests[i].limit))
         samples = {index: self.engine.submit(requests[index]) for index in order}
+        index_of = {requests[index]: index for index in order}
+        unfinished = {request: request.params.samples for request in requests}
         try:
-            self._run(samples, progress)
-        except BaseException:
+            while unfinished:
+                ended = [sequence.request for sequence in self.engine.step() if sequence.finished]
+                for request in ended:
+                    unfinished[request] -= 1
+                for request in [r for r in dict.fromkeys(ended) if not unfinished[r]]:
+                    del unfinished[request]
+                    index = index_of[request]
+                    yield index, self.outputs(samples.pop(index), scorer)
+        finally:
             self.engine.cancel([sequence for sequences in samples.values() for sequence in sequences])
-            raise
-        return [self.outputs(samples[index], scorer) for index in range(len(requests))]
 
     def score(self, prompts: Sequence[Prompt]) -> list[list[float | None]]:
         """Log-probability of each token of the prompts, computed as in `generate`; None for the first."""
         params = SamplingParams(max_tokens=0, prompt_logprobs=True)
         return [outputs[0].prompt_logprobs for outputs in self.generate(prompts, params)]
 
-    def _run(self, samples: dict[int, list[in_engine.Sequence]], progress: Progress | None) -> None:
-        total = sum(map(len, samples.values()))
-        finished = 0
-        while self.engine.busy:
-            ended = sum(sequence.finished for sequence in self.engine.step())
-            finished += ended
-            if progress and ended:
-                progress(finished, total)
-
     def outputs(self, sequences: Sequence[in_engine.Sequence], scorer: Scorer | None = None) -> list[Output]:
-        """The answers to a request, all of whose sequences have finished: the best `n` of them."""
+        """The answers to a request, all of whose sequences have finished: the best `n` of them. The server's too."""
         request = sequences[0].request
         answers = [self.output(sequence, sequences[0]) for sequence in sequences]
         return _best(answers, request.ids, request.params, scorer)
@@ -164,6 +183,14 @@ class Sampler:
         ended_by_token = isinstance(sequence.stop_reason, int)
         text = self.tokenizer.decode(sequence.answer[:-1] if ended_by_token else sequence.answer)
         return text[: sequence.stop_at]
+
+
+def _for_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, prompts: Sequence[Prompt]
+) -> Sequence[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * len(prompts)
+    return params
 
 
 def _best(outputs: list[Output], ids: list[int], params: SamplingParams, scorer: Scorer | None) -> list[Output]:

@@ -1,6 +1,7 @@
 """Who is computed next: admission by free pages, chunks of prompts, preemption. Knows nothing of tensors."""
 
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from umedtrain.sampling.pages import PagePool, prefix_digests
@@ -32,22 +33,42 @@ class Scheduler:
         self.pool, self.max_rows, self.chunk_tokens = pool, max_rows, chunk_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self._followers: dict[Request, list[Sequence]] = {}  # samples that wait for their first one's prompt
         self.preemptions = 0
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that are not running."""
+        return len(self.waiting) + sum(map(len, self._followers.values()))
+
     def add(self, request: Request) -> list[Sequence]:
-        """Queue all samples of a request."""
+        """Queue all samples of a request: the first one, which computes the prompt for the others."""
         digests = prefix_digests(request.ids, self.pool.page_size)
-        sequences = [Sequence(request, sample, digests) for sample in range(request.params.samples)]
-        self.waiting.extend(sequences)
-        return sequences
+        first, *others = [Sequence(request, sample, digests) for sample in range(request.params.samples)]
+        self.waiting.append(first)
+        if others:
+            self._followers[request] = others
+        return [first, *others]
 
     def remove(self, sequence: Sequence) -> None:
-        """Forget a sequence, finished or not, and take back its pages."""
-        if sequence in self.running:
+        """Forget a running sequence that has finished, and take back its pages."""
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        if sequence.sample == 0:
+            # Only where it has drawn nothing: a prompt that was merely scored.
+            self.waiting.extendleft(reversed(self._followers.pop(sequence.request, [])))
+
+    def discard(self, sequences: Collection[Sequence]) -> None:
+        """Forget sequences, wherever they are, and take back their pages."""
+        gone = set(sequences)
+        for sequence in [s for s in self.running if s in gone]:
             self.running.remove(sequence)
             self._give_back(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
+        freed = {s.request for s in gone if s.sample == 0} & self._followers.keys()
+        self.waiting.extendleft(s for request in freed for s in reversed(self._followers.pop(request)))
+        self.waiting = deque(s for s in self.waiting if s not in gone)
+        for request in {s.request for s in gone} & self._followers.keys():
+            self._followers[request] = [s for s in self._followers[request] if s not in gone]
 
     def plan(self) -> list[Chunk]:
         """The next pass: one token of each sequence that decodes, then pieces of prompts. Pages are taken for it."""
@@ -86,23 +107,9 @@ class Scheduler:
         sequence.pages, sequence.computed, sequence.published = [], 0, 0
 
     def _admit(self) -> None:
-        """Let waiting sequences run, in order, while there are rows and pages for their prompts.
-
-        The first sample of a request computes the prompt; its other samples wait for that, then `fork`.
-        """
-        leaders = {s.request for s in self.running if s.computed < len(s.request.ids)}
-        later: list[Sequence] = []
-        while self.waiting and len(self.running) < self.max_rows:
-            sequence = self.waiting.popleft()
-            if sequence.request in leaders:
-                later.append(sequence)
-                continue
-            if not self._begin(sequence):
-                self.waiting.appendleft(sequence)
-                break
-            self.running.append(sequence)
-            leaders.add(sequence.request)
-        self.waiting.extendleft(reversed(later))
+        """Let waiting sequences run, in order, while there are rows and pages for their prompts."""
+        while self.waiting and len(self.running) < self.max_rows and self._begin(self.waiting[0]):
+            self.running.append(self.waiting.popleft())
 
     def _begin(self, sequence: Sequence) -> bool:
         """Find the known beginning of its text; False if what is left does not fit now."""
@@ -128,16 +135,16 @@ class Scheduler:
         sequence.published = max(sequence.published, complete)
 
     def fork(self, leader: Sequence) -> list[tuple[Sequence, int | None, int | None]]:
-        """Waiting samples of a prompt that has just been computed start from its pages, as far as there is room.
+        """The other samples of a prompt that has just been computed start from its pages, as far as there is room.
 
-        Whole pages are shared; for a last one that is not full, (sequence, source page, own page) asks for a copy.
+        Those for whom there is none wait at the front. Whole pages are shared; for a last one that is not full,
+        (sequence, source page, own page) asks for a copy.
         """
         forks = []
         whole, rest = divmod(len(leader.request.ids), self.pool.page_size)
-        for sequence in [s for s in self.waiting if s.request is leader.request and not s.generated]:
-            if len(self.running) >= self.max_rows or len(self.running) + 2 > self.pool.available:
-                break
-            self.waiting.remove(sequence)
+        others = deque(self._followers.pop(leader.request, ()))
+        while others and len(self.running) < self.max_rows and len(self.running) + 2 <= self.pool.available:
+            sequence = others.popleft()
             sequence.pages = leader.pages[:whole]
             self.pool.share(sequence.pages)
             own = self.pool.take(1)[0] if rest else None
@@ -146,4 +153,5 @@ class Scheduler:
             sequence.computed, sequence.published = len(leader.request.ids), whole
             self.running.append(sequence)
             forks.append((sequence, leader.pages[whole] if rest else None, own))
+        self.waiting.extendleft(reversed(others))
         return forks
