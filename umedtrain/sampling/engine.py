@@ -18,6 +18,7 @@ import torch
 from umedtrain.model.llama import Llama
 from umedtrain.sampling.drawing import Drawer, Drawn, padded, top_logprobs
 from umedtrain.sampling.forward import PagedCache, Stream, Weights, make_decoder
+from umedtrain.sampling.graphs import GraphedDecoder
 from umedtrain.sampling.pages import PagePool
 from umedtrain.sampling.params import TopLogprobs
 from umedtrain.sampling.requests import Request
@@ -80,8 +81,12 @@ class Engine:
         pages_of_all = max_rows * -(-config.max_position_embeddings // PAGE_SIZE)
         num_pages = min(cache_bytes // (numbers * model.lm_head_weight.element_size()), pages_of_all)
         self.pool = PagePool(num_pages, PAGE_SIZE)
-        self.cache = PagedCache(config, num_pages, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
+        # One page more than there are to give: the one that surplus rows of a recorded pass write to.
+        self.cache = PagedCache(config, num_pages + 1, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
         self.decoder = make_decoder(self.weights, self.cache, exact=exact)
+        if self.device.type == "cuda":
+            width = -(-config.max_position_embeddings // PAGE_SIZE)
+            self.decoder = GraphedDecoder(self.decoder, scratch_page=num_pages, table_width=width)
         self.scheduler = Scheduler(self.pool, max_rows=max_rows, chunk_tokens=chunk_tokens)
         self.draft_tokens, self.drafter = draft_tokens, PromptLookup() if draft_tokens else None
         if draft is not None and draft_tokens:
@@ -174,6 +179,13 @@ class Engine:
         blocks = zip(drawers, hidden_RD.split(_LOGITS_ROWS), strict=True)
         return Drawn.join([drawer.draw(self.decoder.logits(block)) for drawer, block in blocks])
 
+    def _draw_next(self, stream: Stream, drawers: list[Drawer]) -> Drawn:
+        """For a stream of one token of each sequence."""
+        if self.drafter or len(drawers) > 1:
+            return self._draw(self._hidden(stream), drawers)
+        self.computed_tokens += len(stream.tokens_T)
+        return drawers[0].draw(self.decoder.next_logits(stream))
+
     def _hidden(self, stream: Stream) -> torch.Tensor:
         self.computed_tokens += len(stream.tokens_T)
         if self.drafter:
@@ -254,7 +266,7 @@ class Engine:
         history: list[Drawn] = []
         for _ in range(steps):
             stream = Stream(token_R.contiguous(), rows_R, position_R.contiguous(), table_BM, len(sequences))
-            history.append(self._draw(self._hidden(stream), drawers))
+            history.append(self._draw_next(stream, drawers))
             token_R, position_R = history[-1].token_R, position_R + 1
             if self.device.type == "cpu" and bool(history[-1].stopped_R.any()):
                 break

@@ -157,6 +157,10 @@ class CppDecoder:
         x_TD = F.embedding(stream.tokens_T, self.weights.model.embed_tokens.weight).float()
         return self._layers(x_TD, rotation, stream.sequence_T, stream.position_T, stream.table_BM)
 
+    def next_logits(self, stream: Stream) -> torch.Tensor:
+        """fp32 [T, V] after every token of a stream."""
+        return self.logits(self.hidden(stream))
+
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """fp32 [R, V] of rows of `hidden`."""
         norm = self.weights.model.norm
@@ -191,6 +195,10 @@ class TorchDecoder:
             h_TD = block.post_attention_layernorm(x_TD)
             x_TD = x_TD + self._linear(_gated(self._linear(h_TD, gate), self._linear(h_TD, up)), down)
         return x_TD
+
+    def next_logits(self, stream: Stream) -> torch.Tensor:
+        """fp32 [T, V] after every token of a stream."""
+        return self.logits(self.hidden(stream))
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """fp32 [R, V] of rows of `hidden`."""
