@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from umedtrain.sampling.pages import PagePool, prefix_digests
+from umedtrain.sampling.pages import Digest, PagePool, prefix_digests
 from umedtrain.sampling.requests import Request
 from umedtrain.sampling.sequence import Sequence
 
@@ -21,7 +21,8 @@ class Scheduler:
     """Sequences that wait and sequences that run.
 
     Running sequences hold the pages of all their computed tokens. When pages run out, the one admitted last gives all
-    of its own back and waits again, at the front; what it has drawn stays drawn, and is computed again later.
+    of its own back and waits again, at the front; what it has drawn stays drawn, and is computed again later. Whoever
+    needs a page of a prompt that a running sequence is about to compute lets others pass until it is there.
 
     Args:
         pool: the cache's pages.
@@ -32,8 +33,9 @@ class Scheduler:
     def __init__(self, pool: PagePool, *, max_rows: int, chunk_tokens: int) -> None:
         self.pool, self.max_rows, self.chunk_tokens = pool, max_rows, chunk_tokens
         self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
+        self.running: dict[Sequence, None] = {}  # in the order of their admission
         self._followers: dict[Request, list[Sequence]] = {}  # samples that wait for their first one's prompt
+        self._authors: dict[Digest, Sequence] = {}  # running sequences that will publish a page
         self.preemptions = 0
 
     @property
@@ -52,7 +54,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a running sequence that has finished, and take back its pages."""
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._give_back(sequence)
         if sequence.sample == 0:
             # Only where it has drawn nothing: a prompt that was merely scored.
@@ -62,7 +64,7 @@ class Scheduler:
         """Forget sequences, wherever they are, and take back their pages."""
         gone = set(sequences)
         for sequence in [s for s in self.running if s in gone]:
-            self.running.remove(sequence)
+            del self.running[sequence]
             self._give_back(sequence)
         freed = {s.request for s in gone if s.sample == 0} & self._followers.keys()
         self.waiting.extendleft(s for request in freed for s in reversed(self._followers.pop(request)))
@@ -88,7 +90,7 @@ class Scheduler:
         """Give a running sequence pages for its next tokens; False if it had to give up its own instead."""
         missing = -(-(sequence.computed + tokens) // self.pool.page_size) - len(sequence.pages)
         while missing > self.pool.available:
-            victim = self.running[-1]
+            victim = next(reversed(self.running))
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -97,27 +99,45 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        del self.running[sequence]
         self._give_back(sequence)
         self.waiting.appendleft(sequence)
         self.preemptions += 1
 
     def _give_back(self, sequence: Sequence) -> None:
+        for digest in sequence.digests[sequence.published :]:
+            if self._authors.get(digest) is sequence:
+                del self._authors[digest]
         self.pool.release(sequence.pages)
         sequence.pages, sequence.computed, sequence.published = [], 0, 0
 
     def _admit(self) -> None:
         """Let waiting sequences run, in order, while there are rows and pages for their prompts."""
-        while self.waiting and len(self.running) < self.max_rows and self._begin(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
+        passed_over = []
+        while self.waiting and len(self.running) < self.max_rows:
+            sequence = self.waiting.popleft()
+            if sequence.awaits in self._authors:
+                passed_over.append(sequence)
+            elif self._begin(sequence):
+                self.running[sequence] = None
+            else:
+                passed_over.append(sequence)
+                if sequence.awaits is None:
+                    break
+        self.waiting.extendleft(reversed(passed_over))
 
     def _begin(self, sequence: Sequence) -> bool:
-        """Find the known beginning of its text; False if what is left does not fit now."""
+        """Find the known beginning of its text; False if more of it will be known soon, or the rest does not fit."""
         size = self.pool.page_size
         # At least one token has to be computed: its hidden state is what the next one is drawn from.
         scored = sequence.request.params.prompt_logprobs and sequence.sample == 0
-        reusable = 0 if scored else (len(sequence.tokens) - 1) // size
-        pages = self.pool.find(sequence.digests[:reusable])
+        reusable = sequence.digests[: 0 if scored else (len(sequence.tokens) - 1) // size]
+        pages = self.pool.find(reusable)
+        unknown = reusable[len(pages)] if len(pages) < len(reusable) else None
+        sequence.awaits = unknown if unknown in self._authors else None
+        if sequence.awaits is not None:
+            self.pool.release(pages)
+            return False
         needed = -(-(len(sequence.tokens) + 1) // size) - len(pages)
         # A page for each running row keeps a new sequence from being thrown out at once.
         if self.running and needed + len(self.running) > self.pool.available:
@@ -125,13 +145,18 @@ class Scheduler:
             return False
         sequence.pages, sequence.computed = pages, len(pages) * size
         sequence.published = len(pages)
+        for digest in sequence.digests[len(pages) :]:
+            self._authors.setdefault(digest, sequence)
         return True
 
     def publish(self, sequence: Sequence) -> None:
         """Make the prompt's pages that are complete by now findable."""
         complete = min(sequence.computed // self.pool.page_size, len(sequence.digests))
         for index in range(sequence.published, complete):
-            self.pool.publish(sequence.pages[index], sequence.digests[index])
+            digest = sequence.digests[index]
+            self.pool.publish(sequence.pages[index], digest)
+            if self._authors.get(digest) is sequence:
+                del self._authors[digest]
         sequence.published = max(sequence.published, complete)
 
     def fork(self, leader: Sequence) -> list[tuple[Sequence, int | None, int | None]]:
@@ -151,7 +176,7 @@ class Scheduler:
             if rest:
                 sequence.pages = [*sequence.pages, own]
             sequence.computed, sequence.published = len(leader.request.ids), whole
-            self.running.append(sequence)
+            self.running[sequence] = None
             forks.append((sequence, leader.pages[whole] if rest else None, own))
         self.waiting.extendleft(reversed(others))
         return forks

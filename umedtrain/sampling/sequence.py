@@ -14,6 +14,8 @@ class Sequence:
         tokens: prompt and answer.
         pages: of the cache, from the first token on.
         digests: of the full pages of the prompt.
+        published: pages of the prompt that others can find, or could already.
+        awaits: a page of the prompt that another sequence is about to compute.
         computed: tokens whose keys and values are in the cache.
         logprobs, draw_logprobs, top_logprobs: of the answer's tokens so far.
         prompt_logprobs, prompt_top_logprobs: of the prompt's tokens after the first so far.
@@ -30,6 +32,7 @@ class Sequence:
         self.digests = digests
         self.computed = 0
         self.published = 0
+        self.awaits: Digest | None = None
         self.logprobs: list[float] = []
         self.draw_logprobs: list[float] = []
         self.top_logprobs: list[TopLogprobs] = []
