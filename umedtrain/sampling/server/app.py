@@ -30,6 +30,7 @@ from umedtrain.sampling.server.answers import (
 )
 from umedtrain.sampling.server.gate import Gate
 from umedtrain.sampling.server.metrics import Metrics
+from umedtrain.sampling.server.padded import Padded
 from umedtrain.sampling.server.protocol import ApiError, ChatRequest, CompletionRequest, Json, Limits
 from umedtrain.sampling.server.worker import EngineError, Event, Failed, Job, Mailbox, Worker
 from umedtrain.text.chat import render_chat
@@ -41,7 +42,7 @@ class Service:
     """One model, its engine's thread, and what the endpoints share.
 
     Args:
-        sampler: with a tokenizer.
+        sampler: with a tokenizer; it serves nothing else from now on.
         name: of the model, for clients.
         limits: on requests.
 
@@ -51,6 +52,8 @@ class Service:
 
     def __init__(self, sampler: Sampler, name: str, limits: Limits) -> None:
         self.sampler, self.name, self.limits = sampler, name, limits
+        if sampler.model.config.vocab_size > sampler.tokenizer.vocab_size:
+            sampler.tokenizer = sampler.engine.tokenizer = Padded(sampler.tokenizer)
         self.worker = Worker(sampler, on_end=lambda job: self.metrics.ended(job, time.monotonic()))
         self.metrics = Metrics(sampler.engine)
         self.pieces = Pieces(sampler.tokenizer)
