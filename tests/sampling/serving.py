@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 import umedtrain as ut
-from tests.text.material import small_sentencepiece
+from tests.text.material import chatml_json, small_sentencepiece
 
 POISON = 400  # a token whose embedding is no number in `broken` models
 CHAT = [{"role": "user", "content": "What regulates blood glucose?"}]
@@ -20,8 +20,16 @@ CHAT = [{"role": "user", "content": "What regulates blood glucose?"}]
 def tiny_model(directory: Path, *, broken=False, positions=512, extra_rows=0, seed=0):
     """(model, tokenizer); its logits are so flat that samples differ and end at all lengths."""
     tokenizer = small_sentencepiece(directory)
+    model = _model(tokenizer.vocab_size + extra_rows, positions, seed)
+    if broken:
+        with torch.no_grad():
+            model.embed_tokens.weight[POISON] = torch.nan
+    return model, tokenizer
+
+
+def _model(vocab_size, positions, seed):
     config = ut.LlamaConfig(
-        vocab_size=tokenizer.vocab_size + extra_rows,
+        vocab_size=vocab_size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -33,10 +41,13 @@ def tiny_model(directory: Path, *, broken=False, positions=512, extra_rows=0, se
     )
     model = ut.Llama(config)
     model.init_weights(seed=seed)
-    if broken:
-        with torch.no_grad():
-            model.embed_tokens.weight[POISON] = torch.nan
-    return model, tokenizer
+    return model
+
+
+def chatml_model(directory: Path):
+    """(model, tokenizer) with a tokenizer.json in the directory, which other programs can load too."""
+    tokenizer = ut.load_tokenizer(chatml_json(directory))
+    return _model(tokenizer.vocab_size, 512, 0), tokenizer
 
 
 class Running:
@@ -51,11 +62,9 @@ class Running:
 
     def idle(self, seconds=20):
         """Wait until nothing is under way, and check that nothing has been left behind."""
-        wait_for(lambda: not (self.server.gate.open or self.sampler.engine.busy or self.pool.in_use), seconds)
-        assert self.service._admitted == 0
-        assert not self.service.worker._jobs
-        assert not self.sampler.engine._texts
-        return True
+        engine, worker = self.sampler.engine, self.service.worker
+        wait_for(lambda: not (self.server.gate.open or engine.busy or worker._inbox or worker._jobs), seconds)
+        return self.pool.in_use == 0 and self.service._admitted == 0 and not engine._texts
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 
 import json
 import math
-import random
 
 import pytest
 
 import umedtrain as ut
-from tests.sampling.serving import CHAT, running, tiny_model, wait_for
+from tests.sampling.serving import CHAT, chatml_model, running, tiny_model, wait_for
 
 openai = pytest.importorskip("openai")
 httpx = pytest.importorskip("httpx2")
@@ -94,7 +93,7 @@ def test_the_samplers_other_parameters(client, direct):
         "min_tokens": 5,
         "repetition_penalty": 1.2,
         "ignore_eos": True,
-        "stop_token_ids": [70, 71, 72, 73, 74, 75, 76],
+        "stop_token_ids": list(range(60, 120)),
     }
     wanted = direct(["a"], **asked, **more, logit_bias={100: 5.0, 101: -100.0})[0]
     body = more | {"return_token_ids": True}
@@ -478,35 +477,74 @@ def test_tokens_beyond_the_tokenizer_are_no_text(tmp_path):
 # --- lm-evaluation-harness
 
 
-def test_lm_evaluation_harness(served, direct, tmp_path, monkeypatch):
+def test_lm_evaluation_harness(tmp_path, monkeypatch):
     """Likelihoods and generations of `local-completions`, offline, are those of the sampler."""
-    pytest.importorskip("lm_eval")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.openai_completions import LocalCompletionsAPI
+    lm_eval = pytest.importorskip("lm_eval")
+    transformers = pytest.importorskip("transformers")
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    from lm_eval.tasks import TaskManager
 
-    tokenizer = served.sampler.tokenizer
-    harness = LocalCompletionsAPI(
-        base_url=f"{served.url}/v1/completions", model="tiny", tokenizer_backend="none", batch_size=4, max_length=512
+    model, tokenizer = chatml_model(tmp_path)
+    as_theirs = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), eos_token="<|endoftext|>"
     )
-    numbers = random.Random(0)
-    pairs = []
-    for _ in range(10):
-        context, continuation = ([numbers.randrange(10, 400) for _ in range(numbers.randrange(1, 9))] for _ in range(2))
-        pairs.append((context, continuation))
-    # One that the model itself finds likeliest.
-    (greedy,) = direct([pairs[0][0]], max_tokens=4, temperature=0.0, ignore_eos=True)
-    pairs[0] = (pairs[0][0], greedy[0].tokens)
-    harness.tokenizer = tokenizer  # looked at only for whether there is one
-    found = harness._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
-    for (context, continuation), (logprob, is_greedy) in zip(pairs, found, strict=True):
-        scored = direct([context + continuation], max_tokens=0, prompt_logprobs=True)[0][0].prompt_logprobs
-        assert logprob == pytest.approx(sum(scored[len(context) :]), abs=1e-9)
-        assert is_greedy == (continuation == pairs[0][1])
-    harness.tokenizer = None
-    asked = Instance("generate_until", {}, ("Insulin", {"until": ["e"], "max_gen_toks": 20}), 0)
-    (text,) = harness.generate_until([asked], disable_tqdm=True)
-    wanted = direct(["Insulin"], max_tokens=20, temperature=0.0, stop=("e",))[0][0].text
-    assert text == wanted
+    as_theirs.save_pretrained(tmp_path / "theirs")
+    questions = [
+        {"question": f"Question: {text}\nAnswer:", "choices": [" yes", " no", " maybe, 糖尿病"], "label": index % 3}
+        for index, text in enumerate(["Is insulin a hormone?", "HbA1c 48?", "β-blocker?", "Typhoid fever?", "GFR 38?"])
+    ]
+    (tmp_path / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "questions.jsonl")}, "cache_dir": str(tmp_path)},
+        "test_split": "test",
+        "doc_to_text": "{{question}}",
+    }
+    likelihood = {
+        "task": "likelihood",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{label}}",
+        "target_delimiter": "",
+    }
+    generation = {
+        "task": "generation",
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[label]}}",
+        "generation_kwargs": {"until": ["e"], "max_gen_toks": 12, "temperature": 0.0},
+    }
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    for task in (likelihood, generation):
+        (tasks / f"{task['task']}.yaml").write_text(json.dumps(data | task))  # JSON is YAML
+
+    with running(model, tokenizer) as live:
+        result = lm_eval.simple_evaluate(
+            model="local-completions",
+            model_args={
+                "model": "tiny",
+                "base_url": f"{live.url}/v1/completions",
+                "tokenizer": str(tmp_path / "theirs"),
+                "tokenizer_backend": "huggingface",
+                "num_concurrent": 1,
+                "max_length": 511,
+            },
+            batch_size=4,
+            tasks=["likelihood", "generation"],
+            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+            log_samples=True,
+            bootstrap_iters=0,
+        )
+        assert live.idle()
+    sampler = ut.Sampler(model, tokenizer)
+    assert len(result["samples"]["likelihood"]) == len(questions)
+    for sample in result["samples"]["likelihood"]:
+        context = tokenizer.encode(sample["doc"]["question"])
+        for choice, ((found, _),) in zip(sample["doc"]["choices"], sample["resps"], strict=True):
+            whole = tokenizer.encode(sample["doc"]["question"] + choice)
+            (scored,) = sampler.score([whole])
+            assert found == pytest.approx(sum(scored[len(context) :]), abs=1e-9)
+    prompts = [tokenizer.encode(sample["doc"]["question"]) for sample in result["samples"]["generation"]]
+    wanted = sampler.generate(prompts, ut.SamplingParams(max_tokens=12, temperature=0.0, stop=("e", "<|endoftext|>")))
+    assert [sample["resps"][0][0] for sample in result["samples"]["generation"]] == [o[0].text for o in wanted]
