@@ -210,7 +210,7 @@ def _scarcest(programs: dict[str, int], warps: int) -> tuple[int, str]:
 _AMD_SIMDS, _AMD_WAVES_OF_SIMD, _AMD_REGISTERS, _AMD_REGISTER_GRAIN, _AMD_SHARED = 4, 8, 512, 8, 64 << 10
 
 _GCN_INSTRUCTION = re.compile(r"^\s+((?:s|v|ds|global|buffer|flat|scratch)_\w+)")
-_GCN_BLOCK = re.compile(r"^(?:\.?\w+:|; %bb\.\d+:)")
+_GCN_BLOCK = re.compile(r"^(?:\.LBB\w+:|; %bb\.\d+:)")  # other labels stand inside of blocks
 
 _AMD_CLASSES = (
     ("spill", r"scratch_"),

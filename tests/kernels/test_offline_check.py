@@ -295,6 +295,7 @@ kernel:
 .LBB0_2:                                ;   Parent Loop BB0_1 Depth=1
                                         ; =>  This Inner Loop Header: Depth=2
 	v_mfma_f32_16x16x16_bf16 a[0:3], v[0:1], v[2:3], a[0:3]
+.Ltmp7:
 	scratch_store_dword off, v0, off
 	s_cbranch_scc1 .LBB0_2
 ; %bb.3:                                ;   in Loop: Header=BB0_1 Depth=1
