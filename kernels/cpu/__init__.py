@@ -157,6 +157,18 @@ def sample(
     return Sampled(tokens_R, logprobs_R, truncated_R)
 
 
+def softmax_statistics(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Maximum and log sum of exponentials below it, fp32 [R] each, of contiguous fp32 logits.
+
+    A logit minus the one, then minus the other, is its log-probability, to the last bit as `sample` reports it.
+    """
+    _check(logits_RV)
+    peaks_R, log_sums_R = torch.empty(2, len(logits_RV))
+    pointers = [x.data_ptr() for x in (logits_RV, peaks_R, log_sums_R)]
+    library().softmax_statistics(*pointers, *logits_RV.shape)
+    return peaks_R, log_sums_R
+
+
 def _numbers(values: Sequence[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(values))(*values)
 

@@ -30,6 +30,7 @@ _SIGNATURES = {
     "linear": [_POINTER] * 3 + [_INTEGER] * 2,
     "rms_norm": [_POINTER] * 2 + [_INTEGER] + [_POINTER] + [_INTEGER] * 2 + [_FLOAT],
     "llama_layers": [_POINTER] * 2 + [_INTEGER] + [_POINTER, _FLOAT],
+    "softmax_statistics": [_POINTER] * 3 + [_INTEGER] * 2,
     "sample": [_POINTER] * 10 + [_INTEGER] * 2,
 }
 

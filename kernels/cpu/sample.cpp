@@ -205,6 +205,14 @@ void statistics(const float* logits, int64_t vocabulary, float* peak, float* log
 
 }  // namespace
 
+// Of each row: the maximum, and the logarithm of the sum of exponentials below it.
+extern "C" void softmax_statistics(
+    const float* logits, float* peaks, float* log_sums, int64_t rows, int64_t vocabulary
+) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) statistics(logits + r * vocabulary, vocabulary, peaks + r, log_sums + r);
+}
+
 extern "C" void sample(
     const float* logits, const float* temperature, const int64_t* top_k, const double* top_p, const float* min_p,
     const int64_t* seeds, const int64_t* positions, int64_t* tokens, float* logprobs, float* truncated_logprobs,

@@ -99,11 +99,11 @@ class Drawer:
         drawn = _sample(adjusted_RV, *params, in_cpp=self._in_cpp)
         logprob_R, top_RW = drawn.logprobs_B, None
         if self._adjusts:
-            logprob_R = logits_RV.log_softmax(-1).gather(1, drawn.tokens_B[:, None])[:, 0]
+            logprob_R = logprobs_of(logits_RV, drawn.tokens_B[:, None])[:, 0]
             if self._seen_RV is not None:
                 self._seen_RV.scatter_(1, drawn.tokens_B[:, None], True)
         if self.most_top:
-            top_RW = top_logprobs(logits_RV, self.most_top, drawn.tokens_B, logprob_R)
+            top_RW = top_logprobs(logits_RV, self.most_top)
         self.generated_R = self.generated_R + 1
         stopped_R = (drawn.tokens_B[:, None] == self.stops_RE).any(1)
         return Drawn(drawn.tokens_B, logprob_R, drawn.truncated_logprobs_B, stopped_R, top_RW)
@@ -154,12 +154,26 @@ def _sample(
     )
 
 
-def top_logprobs(
-    logits_RV: torch.Tensor, count: int, token_R: torch.Tensor, logprob_R: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities and ids, [R, W], of the likeliest tokens; the drawn one's is `logprob_R` to the last bit."""
-    top_RW, ids_RW = logits_RV.log_softmax(-1).topk(min(count, logits_RV.shape[1]), dim=-1)
-    return torch.where(ids_RW == token_R[:, None], logprob_R[:, None], top_RW), ids_RW
+def logprobs_of(logits_RV: torch.Tensor, ids_RW: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [R, W] of some tokens of each row; on a CPU those that a draw reports, to the last bit."""
+    if logits_RV.device.type == "cpu" and cpu.available():
+        peak_R, log_sum_R = cpu.softmax_statistics(logits_RV.contiguous())
+    else:
+        peak_R = logits_RV.amax(-1)
+        log_sum_R = (logits_RV - peak_R[:, None]).exp().sum(-1).log()
+    return logits_RV.gather(1, ids_RW) - peak_R[:, None] - log_sum_R[:, None]
+
+
+def top_logprobs(logits_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities and ids, [R, W], of the likeliest tokens, of equal ones the lowest ids."""
+    vocab_size = logits_RV.shape[1]
+    # As integers, the bits of floats stand in the order of the floats once those of negative ones are turned round.
+    bits_RV = (logits_RV + 0.0).view(torch.int32)  # -0 becomes 0
+    ordered_RV = torch.where(bits_RV < 0, bits_RV ^ 0x7FFFFFFF, bits_RV).long()
+    ids_V = torch.arange(vocab_size, device=logits_RV.device)
+    best_RW = (ordered_RV * 2**32 + (vocab_size - 1 - ids_V)).topk(min(count, vocab_size), dim=-1).values
+    ids_RW = vocab_size - 1 - (best_RW & 0xFFFFFFFF)
+    return logprobs_of(logits_RV, ids_RW), ids_RW
 
 
 def padded(lists: Rows[Rows[int]], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from umedtrain.model.llama import Llama
-from umedtrain.sampling.drawing import Drawer, Drawn, padded, top_logprobs
+from umedtrain.sampling.drawing import Drawer, Drawn, logprobs_of, padded, top_logprobs
 from umedtrain.sampling.forward import PagedCache, Stream, Weights, make_decoder
 from umedtrain.sampling.graphs import GraphedDecoder
 from umedtrain.sampling.pages import PagePool
@@ -31,8 +31,15 @@ from umedtrain.text.tokenizer import Tokenizer
 PAGE_SIZE = 16
 # Tokens between two looks at what has finished: on a GPU each look waits for the device.
 _ROUND = {"cpu": 16, "cuda": 16}
+# Rows that have finished ride along until there are so many of them: ending a round is not free either.
+_IDLE_SHARE = 0.1
 # Few enough that a small vocabulary's logits stay in a CPU's cache, enough to reuse the projection's weights.
 _LOGITS_ROWS = 256
+
+_NO_NUMBERS = (
+    "the model's logits are not finite numbers; check the checkpoint for NaN or inf, or load it with "
+    "dtype=torch.float32"
+)
 
 
 class RequestError(ValueError):
@@ -85,20 +92,22 @@ class Engine:
         self.cache = PagedCache(config, num_pages + 1, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
         self.decoder = make_decoder(self.weights, self.cache, exact=exact)
         if self.device.type == "cuda":
-            width = -(-config.max_position_embeddings // PAGE_SIZE)
+            # Rows that ride along after their end reach into one page more.
+            width = -(-config.max_position_embeddings // PAGE_SIZE) + 1
             self.decoder = GraphedDecoder(self.decoder, scratch_page=num_pages, table_width=width)
         self.scheduler = Scheduler(self.pool, max_rows=max_rows, chunk_tokens=chunk_tokens)
         self.draft_tokens, self.drafter = draft_tokens, PromptLookup() if draft_tokens else None
         if draft is not None and draft_tokens:
             self.drafter = DraftModel(draft, self.cache, self._drawers, exact=exact)
         self._texts: dict[Sequence, GrowingText] = {}
+        self._broken: dict[Request, RequestError] = {}
         self._version = self._current_version()
         self.computed_tokens = self.confirmed_tokens = 0
 
     @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        return bool(self.scheduler.running or self.scheduler.waiting or self._broken)
 
     def check_fits(self, request: Request) -> None:
         """ValueError for a request that the cache could not hold even alone."""
@@ -122,6 +131,7 @@ class Engine:
         self.scheduler.discard(sequences)
         for sequence in sequences:
             self._texts.pop(sequence, None)
+            self._broken.pop(sequence.request, None)
 
     @torch.no_grad()
     def step(self, most: int | None = None) -> list[Sequence]:
@@ -131,10 +141,12 @@ class Engine:
             most: tokens that a sequence may get in it, at most, for callers that want to see them early.
 
         Raises:
-            RequestError: when the model's logits are no numbers; that request is dropped, and the others have the
-                tokens of the round.
+            RequestError: when there were no numbers to draw or score a request by in the last round; it has been
+                dropped, and nothing else has been done in this round.
             RuntimeError: when the weights have been written to while requests were running.
         """
+        if self._broken:
+            raise self._broken.pop(next(iter(self._broken)))
         self._check_weights()
         chunks = self.scheduler.plan()
         if not chunks:
@@ -150,7 +162,8 @@ class Engine:
         version = self._current_version()
         if version == self._version:
             return
-        if self.scheduler.running:
+        # One that waits may have tokens too: those that it had drawn before it gave its pages back.
+        if self.scheduler.running or any(s.generated or s.prompt_logprobs for s in self.scheduler.waiting):
             raise RuntimeError(
                 "the model's weights were written to while requests were running, so the keys and values in their "
                 "cache are those of other weights; finish or cancel requests before updating the model"
@@ -215,8 +228,13 @@ class Engine:
         progressed, drawing, last_rows = [], [], []
         for chunk, (first, count) in zip(chunks, spans, strict=True):
             sequence = chunk.sequence
+            if sequence.request in self._broken:
+                continue
             if sequence.request.params.prompt_logprobs and sequence.sample == 0:
                 self._score_prompt(sequence, hidden_TD[first : first + count])
+                if not math.isfinite(sum(sequence.prompt_logprobs[sequence.computed :])):
+                    self._break(sequence, _NO_NUMBERS)
+                    continue
             sequence.computed += count
             self.scheduler.publish(sequence)
             if sequence.pending:
@@ -248,11 +266,9 @@ class Engine:
         for start in range(0, len(targets), _LOGITS_ROWS):
             target_R = torch.tensor(targets[start : start + _LOGITS_ROWS], device=self.device)
             logits_RV = self.decoder.logits(hidden_TD[start : start + len(target_R)])
-            logprob_R = logits_RV.log_softmax(-1).gather(1, target_R[:, None])[:, 0]
-            sequence.prompt_logprobs += logprob_R.tolist()
+            sequence.prompt_logprobs += logprobs_of(logits_RV, target_R[:, None])[:, 0].tolist()
             if params.top_logprobs:
-                top = top_logprobs(logits_RV, params.top_logprobs, target_R, logprob_R)
-                sequence.prompt_top_logprobs += _pairs(top)
+                sequence.prompt_top_logprobs += _pairs(top_logprobs(logits_RV, params.top_logprobs))
 
     def _decode(self, sequences: list[Sequence], most: int) -> list[Sequence]:
         """Several tokens for sequences that only decode, up to where one of them may change what is to be done."""
@@ -264,11 +280,13 @@ class Engine:
         columns = [[sequence.tokens[-1], sequence.computed] for sequence in sequences]
         token_R, position_R = torch.tensor(columns, device=self.device).unbind(1)
         history: list[Drawn] = []
+        stopped_R = torch.zeros_like(rows_R, dtype=torch.bool)
         for _ in range(steps):
             stream = Stream(token_R.contiguous(), rows_R, position_R.contiguous(), table_BM, len(sequences))
             history.append(self._draw_next(stream, drawers))
             token_R, position_R = history[-1].token_R, position_R + 1
-            if self.device.type == "cpu" and bool(history[-1].stopped_R.any()):
+            stopped_R = stopped_R | history[-1].stopped_R
+            if self.device.type == "cpu" and int(stopped_R.sum()) >= max(1, _IDLE_SHARE * len(sequences)):
                 break
         for sequence in sequences:
             sequence.computed += len(history)
@@ -279,7 +297,8 @@ class Engine:
         """How many tokens can be decoded at once; takes the pages for them."""
         if self._texts and any(sequence in self._texts for sequence in sequences):
             return 1
-        steps = min(most, *(s.request.limit - s.generated for s in sequences))
+        left = sorted(s.request.limit - s.generated for s in sequences)
+        steps = min(most, left[int(_IDLE_SHARE * len(left))])
         size = self.pool.page_size
         missing = sum(max(0, -(-(s.computed + steps) // size) - len(s.pages)) for s in sequences)
         if steps <= 1 or missing > self.pool.available:
@@ -339,10 +358,12 @@ class Engine:
 
     def _give(self, sequences: list[Sequence], answers: list[list["_Token"]]) -> None:
         """Add to each answer, up to the token that ends it."""
-        broken = []
         for sequence, tokens in zip(sequences, answers, strict=True):
+            if sequence.request in self._broken:
+                continue
             if not math.isfinite(sum(token.logprob for token in tokens)):
-                broken.append(sequence)
+                self._break(sequence, _NO_NUMBERS)
+                continue
             stops = self._stops(sequence)
             for token in tokens:
                 sequence.tokens.append(token.token)
@@ -352,14 +373,12 @@ class Engine:
                     sequence.top_logprobs.append(token.top[:count])
                 if self._ends(sequence, token.token, stops):
                     break
-        if broken:
-            request = broken[0].request
-            self.cancel([s for s in (*self.scheduler.running, *self.scheduler.waiting) if s.request is request])
-            raise RequestError(
-                f"{request.name}, sample {broken[0].sample}: the model's logits are not finite numbers; "
-                "check the checkpoint for NaN or inf, or load it with dtype=torch.float32",
-                request,
-            )
+
+    def _break(self, sequence: Sequence, reason: str) -> None:
+        """Drop a sequence's request; the next step says why."""
+        request = sequence.request
+        self.cancel(self.scheduler.sequences_of(request))
+        self._broken[request] = RequestError(f"{request.name}, sample {sequence.sample}: {reason}", request)
 
     def _ends(self, sequence: Sequence, token: int, stops: tuple[int, ...]) -> bool:
         """Whether the sequence ends with this token; if so it gives its pages back."""

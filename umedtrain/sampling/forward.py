@@ -82,8 +82,12 @@ class Weights:
         self._copies: dict[torch.Tensor, Weight] = {}
 
     def version(self) -> int:
-        """A number that changes whenever a parameter is written to or moved."""
-        return hash(tuple((parameter.data_ptr(), parameter._version) for parameter in self.model.parameters()))
+        """A number that changes whenever a parameter is written to or moved.
+
+        Parameters made in inference mode do not count what is written to them: of those, only moves are seen.
+        """
+        parameters = self.model.parameters()
+        return hash(tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters))
 
     def forget_copies(self) -> None:
         """The parameters have changed."""

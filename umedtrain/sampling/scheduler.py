@@ -52,6 +52,11 @@ class Scheduler:
             self._followers[request] = others
         return [first, *others]
 
+    def sequences_of(self, request: Request) -> list[Sequence]:
+        """Those that have not finished."""
+        others = self._followers.get(request, [])
+        return [*(s for s in (*self.running, *self.waiting) if s.request is request), *others]
+
     def remove(self, sequence: Sequence) -> None:
         """Forget a running sequence that has finished, and take back its pages."""
         del self.running[sequence]
