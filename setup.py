@@ -13,6 +13,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.17", "tokenizers>=0.21"],
     "data": ["pyarrow>=16", "huggingface_hub>=0.25"],
     "eval": ["scipy>=1.12"],
+    "serve": ["fastapi>=0.115", "uvicorn>=0.30", "prometheus_client>=0.20"],
     "track": ["tensorboard>=2.16"],
     "report": ["matplotlib>=3.8"],
 }
@@ -21,7 +22,10 @@ EXTRAS["test"] = [
     *EXTRAS["demo"],
     *EXTRAS["gguf"],
     "pyarrow>=16",
+    *EXTRAS["serve"],
     *EXTRAS["track"],
+    "openai>=2",
+    "lm-eval[api]>=0.4.9",
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.6",
