@@ -116,9 +116,10 @@ class Drawer:
         if self._bias_RV is not None:
             logits_RV = logits_RV + self._bias_RV
         early_R1 = (self.generated_R < self.min_tokens_R)[:, None]
-        # A column more takes the -1 that fills up the table of stop ids.
-        stops_RV = torch.zeros(len(logits_RV), logits_RV.shape[1] + 1, dtype=torch.bool, device=logits_RV.device)
-        stops_RV.scatter_(1, self.stops_RE % (logits_RV.shape[1] + 1), True)
+        # A column more takes the -1 that fills up the table of stop ids, and ids that the model does not have.
+        vocab_size = logits_RV.shape[1]
+        stops_RV = torch.zeros(len(logits_RV), vocab_size + 1, dtype=torch.bool, device=logits_RV.device)
+        stops_RV.scatter_(1, self.stops_RE.masked_fill(self.stops_RE < 0, vocab_size).clamp(max=vocab_size), True)
         return logits_RV.masked_fill(stops_RV[:, :-1] & early_R1, -torch.inf)
 
 

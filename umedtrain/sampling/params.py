@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,7 +31,7 @@ class SamplingParams:
         min_tokens: tokens to generate before a stop token can be drawn or a stop string is looked for.
         repetition_penalty: logits of tokens that occurred in prompt or answer are divided by it where positive and
             multiplied where negative (Keskar et al. 2019, arXiv 1909.05858); 1 for none.
-        logit_bias: added to the logits of these token ids.
+        logit_bias: added to the logits of these token ids; -inf forbids them.
         stop: strings that end an answer; they may begin inside a token and run over several.
         best_of: samples to make, of which the best `n` are returned; None for n.
         top_logprobs: so many likeliest tokens are reported at each place.
@@ -91,18 +91,22 @@ class SamplingParams:
             object.__setattr__(self, name, operator.index(value))
 
     def _check_collections(self) -> None:
-        stops = tuple(self.stop_token_ids)
-        if not all(_is_integer(stop) and stop >= 0 for stop in stops):
+        stops = _listed(self.stop_token_ids)
+        if stops is None or not all(_is_integer(stop) and stop >= 0 for stop in stops):
             raise ValueError(f"stop_token_ids must be token ids, got {self.stop_token_ids!r}")
         object.__setattr__(self, "stop_token_ids", tuple(operator.index(stop) for stop in stops))
-        strings = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if not all(isinstance(string, str) and string for string in strings):
+        strings = (self.stop,) if isinstance(self.stop, str) else _listed(self.stop)
+        if strings is None or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")
         object.__setattr__(self, "stop", strings)
-        bias = dict(self.logit_bias)
-        if not all(_is_integer(i) and i >= 0 and _is_real(b) and not math.isnan(b) for i, b in bias.items()):
-            raise ValueError(f"logit_bias must map token ids to numbers, got {self.logit_bias!r}")
-        object.__setattr__(self, "logit_bias", {operator.index(i): float(b) for i, b in bias.items()})
+        bias = self.logit_bias.items() if isinstance(self.logit_bias, Mapping) else [(None, None)]
+        # NaN is not below infinity.
+        if not all(_is_integer(i) and i >= 0 and _is_real(b) and b < math.inf for i, b in bias):
+            raise ValueError(f"logit_bias must map token ids to numbers below infinity, got {self.logit_bias!r}")
+        object.__setattr__(self, "logit_bias", {operator.index(i): float(b) for i, b in bias})
+        for name in ("prompt_logprobs", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @property
     def samples(self) -> int:
@@ -146,6 +150,10 @@ class Output:
     top_logprobs: list[TopLogprobs] | None = None
     prompt_logprobs: list[float | None] | None = None
     prompt_top_logprobs: list[TopLogprobs | None] | None = None
+
+
+def _listed(value: object) -> tuple | None:
+    return tuple(value) if isinstance(value, Iterable) else None
 
 
 def _is_integer(value: object) -> bool:

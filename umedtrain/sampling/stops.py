@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from umedtrain.text.tokenizer import Tokenizer
 
 _INCOMPLETE = "\ufffd"
+# More tokens than a character has bytes, so the one that these begin in is whole.
+_LATEST = 8
 
 
 class GrowingText:
@@ -26,9 +28,17 @@ class GrowingText:
         # The window keeps what was shown last: a token's text can depend on the one before (leading spaces).
         shown = self._tokenizer.decode(self._tokens[self._context : self._shown])
         grown = self._tokenizer.decode(self._tokens[self._context :])
+        end = len(self._tokens)
         if len(grown) <= len(shown) or grown.endswith(_INCOMPLETE):
-            return ""
-        self._context, self._shown = self._shown, len(self._tokens)
+            # Bytes that never become a character must not be decoded anew with each token to come.
+            end -= _LATEST
+            if end <= self._shown:
+                return ""
+            earlier = self._tokenizer.decode(self._tokens[self._context : end])
+            if earlier + self._tokenizer.decode(self._tokens[end:]) != grown:
+                return ""
+            grown = earlier
+        self._context, self._shown = self._shown, end
         new = grown[len(shown) :]
         self.text += new
         return new
