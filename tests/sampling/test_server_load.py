@@ -325,6 +325,7 @@ def test_the_end_waits_only_so_long(tmp_path):
         live.server.handle_exit(signal.SIGTERM, None)
         live.thread.join(20)
         assert not live.thread.is_alive()
+        assert live.pool.in_use == 0
         for open_sock, status in ((sock, 503), (streaming, 200)):
             received = b"".join(iter(lambda s=open_sock: s.recv(65536), b""))
             assert received.startswith(f"HTTP/1.1 {status}".encode())

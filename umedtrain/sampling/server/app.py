@@ -4,9 +4,9 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from umedtrain.sampling import requests
 from umedtrain.sampling.engine import RequestError
-from umedtrain.sampling.params import SamplingParams
+from umedtrain.sampling.params import Output, SamplingParams
 from umedtrain.sampling.sampler import Sampler
 from umedtrain.sampling.server.answers import (
     ChatAnswer,
@@ -35,6 +35,9 @@ from umedtrain.sampling.server.protocol import ApiError, ChatRequest, Completion
 from umedtrain.sampling.server.worker import EngineError, Event, Failed, Job, Mailbox, Worker
 from umedtrain.text.chat import render_chat
 
+Echoes = list[Echo] | None
+Answer = CompletionAnswer | ChatAnswer
+_Result = TypeVar("_Result")
 _PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/health", "/metrics")
 
 
@@ -73,13 +76,13 @@ class Service:
             message = f"model {asked!r} is not served here; ask for {self.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
 
-    def admit(self, samples: int) -> "Ticket":
-        """Places in the queue, or an ApiError."""
+    def admit(self, samples: int, param: str) -> "Ticket":
+        """Places in the queue, or an ApiError; `param` is the field that asks for so many."""
         if self.draining:
             raise ApiError(503, "the server is shutting down", retry_after=10)
         if samples > self.limits.queue:
-            message = f"prompt asks for {samples} samples in all, but the queue has room for {self.limits.queue}"
-            raise ApiError(400, message, param="prompt")
+            message = f"{param} asks for {samples} samples in all, but the queue has room for {self.limits.queue}"
+            raise ApiError(400, message, param=param)
         if self._admitted + samples > self.limits.queue:
             wait = min(60, max(1, math.ceil(self._mean_seconds)))
             message = f"the queue is full: {self._admitted} samples wait or run, of {self.limits.queue} at most"
@@ -260,28 +263,35 @@ async def _answer(
     echo: list[str] | list[list[int]] | None,
 ) -> Response:
     """From a checked body to a response. `check` makes the engine's requests, which takes a while for long texts."""
-    ticket = service.admit(prompts * params.samples)
+
+    def prepare() -> tuple[list[requests.Request], Echoes]:
+        checked = check()
+        if echo is None:
+            return checked, None
+        texts = [p if isinstance(p, str) else service.sampler.tokenizer.decode(p) for p in echo]
+        return checked, [(request.ids, text) for request, text in zip(checked, texts, strict=True)]
+
+    ticket = service.admit(prompts * params.samples, "prompt" if prompts > 1 else "n")
     try:
-        checked = await run_in_threadpool(check)
-        tokenizer = service.sampler.tokenizer
-        shown = None
-        if echo is not None:
-            texts = [p if isinstance(p, str) else tokenizer.decode(p) for p in echo]
-            shown = [(request.ids, text) for request, text in zip(checked, texts, strict=True)]
+        checked, shown = await run_in_threadpool(prepare)
         shape = CompletionAnswer if isinstance(asked, CompletionRequest) else ChatAnswer
         answer = shape(service.name, service.pieces, asked)
         ticket.submit(checked, stream=bool(asked.stream))
         if asked.stream:
             return _EventStream(_events(service, ticket, params, answer, shown), ticket)
-        body = await _unless_left(http, _whole_answer(service, ticket, params, answer, shown))
+        finished = await _unless_left(http, _all_finished(ticket))
+        if finished is None:
+            ticket.close()
+            return Response(status_code=499)
+        body = await run_in_threadpool(_whole_answer, service, ticket, finished, params, answer, shown)
         ticket.close()
-        return Response(status_code=499) if body is None else JSONResponse(body)
+        return Response(body, media_type="application/json")
     except BaseException:
         ticket.close()
         raise
 
 
-async def _unless_left(http: Request, work: Any) -> Json | None:
+async def _unless_left(http: Request, work: Coroutine[Any, Any, _Result]) -> _Result | None:
     """The result of `work`, which is cancelled when the client leaves."""
     working = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(http))
@@ -298,15 +308,23 @@ async def _left(http: Request) -> None:
         pass
 
 
-Echoes = list[Echo] | None
-Answer = CompletionAnswer | ChatAnswer
-
-
-async def _whole_answer(service: Service, ticket: Ticket, params: SamplingParams, answer: Answer, echo: Echoes) -> Json:
+async def _all_finished(ticket: Ticket) -> dict[int, list[Output]]:
+    """Outputs by the index of their prompt."""
     finished = {}
     while len(finished) < len(ticket.jobs):
         job, event = await ticket.get()
         finished[job.index] = event.outputs
+    return finished
+
+
+def _whole_answer(
+    service: Service,
+    ticket: Ticket,
+    finished: dict[int, list[Output]],
+    params: SamplingParams,
+    answer: Answer,
+    echo: Echoes,
+) -> str:
     choices, made = [], 0
     for job in ticket.jobs:
         made += sum(sample.generated for sample in job.samples)
@@ -319,7 +337,7 @@ async def _whole_answer(service: Service, ticket: Ticket, params: SamplingParams
                 prompt_ids=job.request.ids,
             )
             choices.append(answer.choice(job.index * params.n + number, piece))
-    return answer.response(choices, usage(_prompt_tokens(ticket), made))
+    return _json(answer.response(choices, usage(_prompt_tokens(ticket), made)))
 
 
 async def _events(
@@ -360,7 +378,11 @@ def _prompt_tokens(ticket: Ticket) -> int:
 
 
 def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    return f"data: {_json(data)}\n\n"
+
+
+def _json(data: Json) -> str:
+    return json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _card(service: Service) -> Json:

@@ -58,6 +58,13 @@ class Server(uvicorn.Server):
         self._drain: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
 
+    def run(self, sockets: list | None = None) -> None:
+        """Serve until told to end; returns when the engine has stopped, too."""
+        try:
+            super().run(sockets)
+        finally:
+            self.service.worker.stop()
+
     async def startup(self, sockets: list | None = None) -> None:
         """Listen, and say where."""
         self._loop = asyncio.get_running_loop()

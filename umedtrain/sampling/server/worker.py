@@ -150,7 +150,8 @@ class Worker:
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        if self._thread.is_alive():
+            self._thread.join()
 
     def submit(self, jobs: Sequence[Job]) -> None:
         """Queue jobs; each gets events until one is `Finished` or `Failed`, or says so of every sample.
@@ -186,7 +187,10 @@ class Worker:
                 late = [job for what, jobs in self._inbox if what == "submit" for job in jobs]
                 self._inbox.clear()
             for job in [*self._jobs.values(), *late]:
+                if self.error is None:
+                    self.engine.cancel(job.samples)
                 self._fail(job, reason)
+            self._jobs.clear()
 
     def _take_inbox(self) -> bool:
         """Do what the inbox says, after waiting for it if there is nothing to compute; False at the end."""
