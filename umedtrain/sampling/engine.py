@@ -40,6 +40,7 @@ _NO_NUMBERS = (
     "the model's logits are not finite numbers; check the checkpoint for NaN or inf, or load it with "
     "dtype=torch.float32"
 )
+_NO_TOKENS = "logit_bias, repetition_penalty and min_tokens together leave no token that could be drawn"
 
 
 class RequestError(ValueError):
@@ -341,38 +342,44 @@ class Engine:
             drawer.skip(places[first : first + _LOGITS_ROWS])
         self.computed_tokens += len(cells)
         drawn = self._draw(self.decoder.hidden(stream), drawers)
-        columns = _columns([drawn])
+        cells = _on_host([drawn])
         answers = []
         for row, (sequence, piece) in enumerate(zip(sequences, pieces, strict=True)):
-            own = [column[0] for column in columns[starts[row] : starts[row + 1]]]
-            right = next((i for i, guess in enumerate(piece[1:]) if guess != own[i].token), len(piece) - 1)
+            own = _Tokens.join(cells[starts[row] : starts[row + 1]])
+            right = next((i for i, guess in enumerate(piece[1:]) if guess != own.ids[i]), len(piece) - 1)
             sequence.computed += right + 1
             self.confirmed_tokens += right
-            answers.append(own[: right + 1])
+            answers.append(own.first(right + 1))
         self._give(sequences, answers)
         return sequences
 
     def _take(self, history: list[Drawn], sequences: list[Sequence]) -> None:
         """Give each sequence the tokens that were drawn for it one after the other."""
-        self._give(sequences, _columns(history))
+        self._give(sequences, _on_host(history))
 
-    def _give(self, sequences: list[Sequence], answers: list[list["_Token"]]) -> None:
+    def _give(self, sequences: list[Sequence], answers: list["_Tokens"]) -> None:
         """Add to each answer, up to the token that ends it."""
         for sequence, tokens in zip(sequences, answers, strict=True):
             if sequence.request in self._broken:
                 continue
-            if not math.isfinite(sum(token.logprob for token in tokens)):
+            if not math.isfinite(sum(tokens.logprobs)):
                 self._break(sequence, _NO_NUMBERS)
                 continue
-            stops = self._stops(sequence)
-            for token in tokens:
-                sequence.tokens.append(token.token)
-                sequence.logprobs.append(token.logprob)
-                sequence.draw_logprobs.append(token.draw_logprob)
-                if count := sequence.request.params.top_logprobs:
-                    sequence.top_logprobs.append(token.top[:count])
-                if self._ends(sequence, token.token, stops):
-                    break
+            if math.isnan(sum(tokens.draw_logprobs)):
+                self._break(sequence, _NO_TOKENS)
+                continue
+            count, reason = self._end(sequence, tokens.ids)
+            tokens, ends = tokens.first(count), reason is not None or count == self._left(sequence)
+            sequence.tokens += tokens.ids
+            sequence.logprobs += tokens.logprobs
+            sequence.draw_logprobs += tokens.draw_logprobs
+            if wanted := sequence.request.params.top_logprobs:
+                sequence.top_logprobs += [top[:wanted] for top in tokens.tops]
+            if ends:
+                self._finish(sequence, reason)
+
+    def _left(self, sequence: Sequence) -> int:
+        return sequence.request.limit - sequence.generated
 
     def _break(self, sequence: Sequence, reason: str) -> None:
         """Drop a sequence's request; the next step says why."""
@@ -380,21 +387,22 @@ class Engine:
         self.cancel(self.scheduler.sequences_of(request))
         self._broken[request] = RequestError(f"{request.name}, sample {sequence.sample}: {reason}", request)
 
-    def _ends(self, sequence: Sequence, token: int, stops: tuple[int, ...]) -> bool:
-        """Whether the sequence ends with this token; if so it gives its pages back."""
-        params = sequence.request.params
-        if token in stops:
-            self._finish(sequence, token)
-        elif (text := self._texts.get(sequence)) is not None:
-            new = text.push(token)
-            # A match may have begun before the new characters; one that was whole before min_tokens has been let pass.
-            known = len(text.text) - len(new)
-            if sequence.generated >= params.min_tokens and new and (match := find_stop(text.text, params.stop, known)):
-                sequence.stop_at, reason = match
-                self._finish(sequence, reason)
-        if not sequence.finished and sequence.generated >= sequence.request.limit:
-            self._finish(sequence, None)
-        return sequence.finished
+    def _end(self, sequence: Sequence, ids: list[int]) -> tuple[int, int | str | None]:
+        """How many of the next tokens belong to the answer, and what ends it with the last of these, if not a limit."""
+        params, stops, text = sequence.request.params, self._stops(sequence), self._texts.get(sequence)
+        ids = ids[: self._left(sequence)]
+        for count, token in enumerate(ids, start=1):
+            if token in stops:
+                return count, token
+            if text is not None:
+                new = text.push(token)
+                # A match may have begun before the new characters; one that was whole before min_tokens may pass.
+                late_enough = sequence.generated + count >= params.min_tokens
+                known = len(text.text) - len(new)
+                if late_enough and new and (match := find_stop(text.text, params.stop, known)):
+                    sequence.stop_at, reason = match
+                    return count, reason
+        return len(ids), None
 
     def _finish(self, sequence: Sequence, reason: int | str | None) -> None:
         sequence.finished, sequence.stop_reason = True, reason
@@ -402,22 +410,33 @@ class Engine:
         self._texts.pop(sequence, None)
 
 
-class _Token(NamedTuple):
-    token: int
-    logprob: float
-    draw_logprob: float
-    top: TopLogprobs
+class _Tokens(NamedTuple):
+    """What was drawn for one sequence, place by place."""
+
+    ids: list[int]
+    logprobs: list[float]
+    draw_logprobs: list[float]
+    tops: list[TopLogprobs]
+
+    def first(self, count: int) -> "_Tokens":
+        return _Tokens(*(column[:count] for column in self))
+
+    @classmethod
+    def join(cls, parts: list["_Tokens"]) -> "_Tokens":
+        return cls(*([cell for column in columns for cell in column] for columns in zip(*parts, strict=True)))
 
 
-def _columns(history: list[Drawn]) -> list[list[_Token]]:
-    """For each row what was drawn at each step, on the host."""
-    tokens, logprobs, draw_logprobs = (
+def _on_host(history: list[Drawn]) -> list[_Tokens]:
+    """For each row what was drawn at each step."""
+    columns = (
         torch.stack([getattr(drawn, name) for drawn in history]).t().tolist()
         for name in ("token_R", "logprob_R", "draw_logprob_R")
     )
-    tops = [_pairs(drawn.top_RW) if drawn.top_RW else [()] * len(tokens) for drawn in history]
-    columns = zip(tokens, logprobs, draw_logprobs, zip(*tops, strict=True), strict=True)
-    return [[_Token(*cell) for cell in zip(*column, strict=True)] for column in columns]
+    if history[0].top_RW is None:
+        tops = [[]] * len(history[0].token_R)
+    else:
+        tops = [list(row) for row in zip(*(_pairs(drawn.top_RW) for drawn in history), strict=True)]
+    return [_Tokens(*row) for row in zip(*columns, tops, strict=True)]
 
 
 def _pairs(top_RW: tuple[torch.Tensor, torch.Tensor]) -> list[list[tuple[int, float]]]:

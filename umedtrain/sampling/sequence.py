@@ -4,6 +4,8 @@ from umedtrain.sampling.pages import Digest
 from umedtrain.sampling.params import TopLogprobs
 from umedtrain.sampling.requests import Request
 
+_NOTHING: list = []
+
 
 class Sequence:
     """Tokens, cached pages and results of a sample.
@@ -24,6 +26,11 @@ class Sequence:
         text: the answer so far, if anything needs it decoded on the way.
     """
 
+    __slots__ = (
+        "awaits", "computed", "digests", "draw_logprobs", "finished", "key", "logprobs", "pages", "prompt_logprobs",
+        "prompt_top_logprobs", "published", "request", "sample", "stop_at", "stop_reason", "tokens", "top_logprobs",
+    )  # fmt: skip
+
     def __init__(self, request: Request, sample: int, digests: list[Digest]) -> None:
         self.request, self.sample = request, sample
         self.key = request.sample_key(sample)
@@ -35,9 +42,11 @@ class Sequence:
         self.awaits: Digest | None = None
         self.logprobs: list[float] = []
         self.draw_logprobs: list[float] = []
-        self.top_logprobs: list[TopLogprobs] = []
-        self.prompt_logprobs: list[float] = []
-        self.prompt_top_logprobs: list[TopLogprobs] = []
+        # Not lists of their own where nothing will be put in: many thousand sequences are common.
+        scores_prompt = sample == 0 and request.params.prompt_logprobs
+        self.top_logprobs: list[TopLogprobs] = [] if request.params.top_logprobs else _NOTHING
+        self.prompt_logprobs: list[float] = [] if scores_prompt else _NOTHING
+        self.prompt_top_logprobs: list[TopLogprobs] = [] if scores_prompt else _NOTHING
         self.stop_reason: int | str | None = None
         self.stop_at: int | None = None
         self.finished = False
