@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint const
 export OMP_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-real soak kernels bench-kernels lint clean
+.PHONY: demo test test-real soak kernels bench-kernels bench-decode bench-preference lint clean
 
 demo: .venv/demo
 	$(BIN)/torchrun --standalone --nproc-per-node $(RANKS) recipes/ultramedical.py recipes/configs/demo/ultramedical.toml $(ARGS)
@@ -35,6 +35,14 @@ lint: .venv/test
 # The kernels beside Liger-Kernel's, whose code is only compiled and interpreted.
 bench-kernels: .venv/test
 	$(BIN)/python benchmarks/kernels/compare.py $(ARGS)
+
+# A step of DPO, reward model and SFT beside TRL's: make bench-preference DATA=pairs.jsonl
+bench-preference: .venv/test
+	$(BIN)/python benchmarks/preference_step.py $(DATA) $(ARGS)
+
+# Our sampler beside other engines, those that are installed in .venv.
+bench-decode: .venv/test
+	$(BIN)/python benchmarks/decode.py $(ARGS)
 
 clean:
 	rm -rf .venv build *.egg-info
