@@ -22,7 +22,7 @@ def check(pool, held):
     assert not pool._digest_of.keys() & set(pool._free)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_no_page_is_lost_or_has_two_owners(data):
     """Texts over few pages come and go as the engine's do; a model of the pool says what must be found."""

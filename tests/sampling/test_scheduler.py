@@ -74,7 +74,7 @@ asked = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     requests=st.lists(asked, min_size=1, max_size=8),
     spare=st.sampled_from([0, 0, 1, 3, 30]),
@@ -166,13 +166,13 @@ def test_a_later_request_computes_only_what_no_earlier_one_had(monkeypatch):
 @pytest.mark.parametrize("chunk_tokens", [2048, 16, 3])
 def test_what_prompts_have_in_common_is_computed_once_though_they_come_together(monkeypatch, chunk_tokens):
     common = [1, 2, 3, 4] * 8
-    requests = [request([*common, tail, 7], max_tokens=3) for tail in range(10)]
+    requests = [request([*common, tail, 7], max_tokens=1) for tail in range(10)]
     wanted = [answers_alone(monkeypatch, one) for one in requests]
     engine = hash_engine(monkeypatch, 200, chunk_tokens=chunk_tokens, max_rows=16)
     sequences = [engine.submit(one) for one in requests]
     finish(engine)
     assert [results(each) for each in sequences] == wanted
-    assert sum(engine.decoder.streamed) == 32 + 10 * 2 + 10 * 2
+    assert sum(engine.decoder.streamed) == 32 + 10 * 2
 
 
 def test_the_one_that_others_wait_for_may_go(monkeypatch):
