@@ -24,9 +24,9 @@ class Sampler:
     below nor `n` have a say in it; sample j of n = 4 is sample j of n = 16, and the same prompt with the same seed gets
     the same answers.
 
-    How far that reaches depends on the logits. On a CPU with a C++ compiler, with weights in fp32, bf16, int8 or int4, a
-    token's logits have the same bits in every batch, after a preemption, behind a cached or a fresh prefix, and on any
-    number of threads: tokens and logprobs are equal bit for bit. Elsewhere matrix products of other sizes round
+    How far that reaches depends on the logits. On a CPU with a C++ compiler, with weights in fp32, bf16, int8 or int4,
+    a token's logits have the same bits in every batch, after a preemption, behind a cached or a fresh prefix, and on
+    any number of threads: tokens and logprobs are equal bit for bit. Elsewhere matrix products of other sizes round
     otherwise: where two logits tie within that rounding, or a random number falls within it of the edge between two
     tokens, either may come out; in fp32 for about one token in a million. `exact=True` gives all matrix products the
     same number of rows and attends token by token; that costs up to 32 times the arithmetic for a single sequence. It
