@@ -171,6 +171,15 @@ def test_a_full_queue_is_429(tiny):
         assert live.idle()
 
 
+def test_an_address_that_is_taken(tiny):
+    from umedtrain.sampling.server.run import Server
+
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        port = sock.getsockname()[1]
+        with pytest.raises(OSError, match=f"cannot listen at 127.0.0.1, port {port}: .*in use"):
+            Server(ut.Sampler(*tiny), name="tiny", port=port).run()
+
+
 def test_limits_on_tokens(tiny):
     with running(*tiny, prompt_tokens=20, max_tokens=30, n=2) as live:
         for body, param in (

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import socket
 import time
 from types import FrameType
 
@@ -59,9 +60,13 @@ class Server(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def run(self, sockets: list | None = None) -> None:
-        """Serve until told to end; returns when the engine has stopped, too."""
+        """Serve until told to end; returns when the engine has stopped, too.
+
+        Raises:
+            OSError: when the address cannot be had.
+        """
         try:
-            super().run(sockets)
+            super().run(sockets or [_listening(self.config.host, self.config.port)])
         finally:
             self.service.worker.stop()
 
@@ -71,6 +76,7 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
+            host = f"[{host}]" if ":" in host else host
             print(f"serving {self.service.name} at http://{host}:{port}/v1", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -95,3 +101,10 @@ class Server(uvicorn.Server):
         while self.gate.open and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}, port {port}: {error.strerror}") from None
