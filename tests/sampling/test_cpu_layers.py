@@ -245,6 +245,19 @@ def test_a_token_has_the_same_bits_in_every_pass(dtype):
 
 
 @needs_library
+def test_a_token_does_not_feel_a_later_one_that_is_no_number():
+    """Not even one whose key and value are read for the sake of others in the same pass."""
+    model = llama(4, 2, 20)
+    with torch.no_grad():
+        model.embed_tokens.weight[7] = torch.nan
+    text = [1, 2, 3, 4, 5, 7, 6, 8]
+    table_BM = torch.tensor([[0]])
+    together = Paged(model, 1, 16)([(0, text, 0)], table_BM)[0]
+    assert together[:5].equal(Paged(model, 1, 16)([(0, text[:5], 0)], table_BM)[0])
+    assert together[5:].isnan().all()
+
+
+@needs_library
 def test_shared_pages():
     """Two sequences go on from the pages of a third."""
     model = llama(4, 2, 20)
