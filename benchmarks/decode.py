@@ -1,7 +1,7 @@
 """Decoding on a CPU: our sampler beside transformers, CTranslate2 and llama.cpp on the same random-weight Llamas.
 
     make bench-decode
-    python benchmarks/decode.py [--models 56m 100m] [--repeats 3] [--parts peers dtypes engine]
+    python benchmarks/decode.py [--models 56m 100m] [--repeats 3] [--parts peers dtypes ...]
 
 Every side is a process with one thread and takes turns with the others; figures are medians over the repeats of tokens
 per CPU second, which a busy machine changes far less than the time on the clock. The work: prompts of 128 tokens, 128
@@ -9,9 +9,9 @@ new ones, greedy, without a stop token; the time for one new token is taken off.
 min(read bandwidth / bytes read, fp32 matmul rate / operations) with both rates measured here, in the same run. A side
 that is not installed is left out and named.
 
-The second part compares our own weights' formats, the third times the engine on a mixed workload (continuous batching
-against waves of a fixed batch), on 16 samples of one long prompt against 16 requests, on a prefix that is known, and
-with guesses ahead.
+Further parts compare our own weights' formats; time two threads by the clock; time the engine on a mixed workload
+(continuous batching against waves of a fixed batch), on 16 samples of one long prompt against 16 requests, and on a
+prefix that is known; and show what a cache of pages costs in memory.
 
 Writes results/decode.json and prints tables.
 """
@@ -208,21 +208,21 @@ SIDES = {"ours": ours, "transformers": transformers, "ctranslate2": ctranslate2,
 
 
 def serve_side(side, folder, name, dtype):
-    """A worker: for every line with a batch size, CPU seconds for one new token and for all of them."""
+    """A worker: for every line with a batch size, (CPU seconds, seconds) for one new token and for all of them."""
     run = SIDES[side](Path(folder), name, dtype)
     for line in sys.stdin:
         ids, seconds = prompts(int(line)), []
+        run(ids, 1)
         for new in (1, NEW):
-            run(ids, new) if not seconds else None
-            start = time.process_time()
+            start, start_clock = time.process_time(), time.monotonic()
             run(ids, new)
-            seconds.append(time.process_time() - start)
+            seconds.append((time.process_time() - start, time.monotonic() - start_clock))
         print(json.dumps(seconds), flush=True)
 
 
 class Worker:
     def __init__(self, side, folder, name, dtype, threads=1):
-        self.side, self.name, self.dtype = side, name, dtype
+        self.side, self.name, self.dtype, self.threads = side, name, dtype, threads
         self.seconds = {batch: [] for batch in BATCHES}
         command = [sys.executable, __file__, "--worker", side, str(folder), name, dtype]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
@@ -238,11 +238,14 @@ class Worker:
         self.seconds[batch].append(json.loads(line))
 
     def rates(self):
-        """Median decoded tokens per CPU second, and CPU seconds to the first token, for each batch size."""
+        """Median decoded tokens per CPU second, or per second on two threads, for each batch size."""
+        clock = int(self.threads > 1)
         return {
             batch: {
-                "decode_tokens_per_cpu_second": statistics.median(batch * (NEW - 1) / (b - a) for a, b in runs),
-                "first_token_cpu_seconds": statistics.median(a for a, _ in runs),
+                "decode_tokens_per_second": statistics.median(
+                    batch * (NEW - 1) / (last[clock] - first[clock]) for first, last in runs
+                ),
+                "first_token_seconds": statistics.median(first[clock] for first, _ in runs),
                 "runs": runs,
             }
             for batch, runs in self.seconds.items()
@@ -304,7 +307,9 @@ def compare(folder, name, workers, repeats):
         rates = worker.rates()
         for batch, rate in rates.items():
             rate["bound"] = bound(name, batch, limits, size[worker.dtype])
-        rows.append({"side": worker.side, "model": name, "dtype": worker.dtype, "rates": rates})
+        rows.append(
+            {"side": worker.side, "model": name, "dtype": worker.dtype, "threads": worker.threads, "rates": rates}
+        )
     return {"limits": limits, "rows": rows}
 
 
@@ -376,16 +381,35 @@ def engine_scenarios(folder, name, repeats):
     return results
 
 
+def peak_memory(folder, name):
+    """Peak resident MiB of a process that decodes 128 tokens for a batch of prompts, for each (batch, prompt length)."""
+    script = (
+        "import resource, sys, umedtrain as ut; batch, length = map(int, sys.argv[2:]);"
+        "sampler = ut.Sampler(ut.load_model(sys.argv[1]), eos_ids=());"
+        "ids = [[3 + i] * length for i in range(batch)];"
+        "batch and sampler.generate(ids, ut.SamplingParams(max_tokens=128, temperature=0));"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    peaks = {}
+    for batch, length in ((0, 0), (1, 128), (8, 128), (32, 128), (1, 1024), (8, 1024)):
+        command = [sys.executable, "-c", script, str(folder / name), str(batch), str(length)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+        peaks[f"{batch} x {length}"] = int(result.stdout.split()[-1])
+    return peaks
+
+
 def show(result):
-    limits = result["limits"]
+    limits, threads = result["limits"], result["rows"][0]["threads"]
+    unit = "decoded tokens per CPU second" if threads == 1 else f"decoded tokens a second on {threads} threads"
     print(
         f"\n{result['rows'][0]['model']}: read {limits['read_bytes_per_second'] / 1e9:.1f} GB/s, "
-        f"fp32 {limits['fp32_operations_per_second'] / 1e9:.0f} GFLOP/s; decoded tokens per CPU second (of the bound)"
+        f"fp32 {limits['fp32_operations_per_second'] / 1e9:.0f} GFLOP/s; {unit} (of one thread's bound)"
     )
     for row in result["rows"]:
         cells = []
         for batch, rate in row["rates"].items():
-            tokens = rate["decode_tokens_per_cpu_second"]
+            tokens = rate["decode_tokens_per_second"]
             cells.append(f"b{batch} {tokens:7.1f} ({tokens / rate['bound']:4.0%})")
         print(f"  {row['side']:<14}{row['dtype']:<10}" + "   ".join(cells))
 
@@ -394,7 +418,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", default=["peers", "dtypes", "engine"])
+    parser.add_argument("--parts", nargs="+", default=["peers", "dtypes", "threads", "memory", "engine"])
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
@@ -417,6 +441,13 @@ def main():
                 workers.append(Worker("transformers", folder, name, "bfloat16"))
                 report["results"].append(compare(folder, name, workers, options.repeats))
                 show(report["results"][-1])
+            if "threads" in options.parts and name == options.models[0]:
+                workers = [Worker(side, folder, name, "float32", threads=2) for side in installed]
+                report["results"].append(compare(folder, name, workers, options.repeats))
+                show(report["results"][-1])
+        if "memory" in options.parts:
+            report["peak_mib"] = peak_memory(folder, options.models[0])
+            print("peak MiB by batch x prompt:", report["peak_mib"])
         if "engine" in options.parts:
             report["engine"] = engine_scenarios(folder, options.models[0], options.repeats)
             for title, (first, second) in report["engine"].items():
