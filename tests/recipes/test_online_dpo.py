@@ -26,7 +26,7 @@ from umedtrain.config import (
 from umedtrain.evaluation import scoring
 from umedtrain.recipes import dpo, online_dpo, sft
 from umedtrain.records import read_preferences
-from umedtrain.sampling import sampler as sampler_module
+from umedtrain.sampling import rollout as rollout_module
 from umedtrain.training import loop
 from umedtrain.training import reference as reference_module
 
@@ -199,7 +199,7 @@ MOMENTS = [
     ("after a checkpoint", loop, "train_step", 4),
     ("before the round's summary", online_dpo, "write_json", 1),
     ("between the rounds", online_dpo, "gather_model", 1),
-    ("in the second round's answers", sampler_module.Sampler, "generate", 3),
+    ("in the second round's answers", rollout_module, "_row", 5),
     ("in the second round's training", loop, "train_step", 4),
     ("before the export", online_dpo.build, "export_model", 1),
 ]
