@@ -382,7 +382,7 @@ def engine_scenarios(folder, name, repeats):
 
 
 def peak_memory(folder, name):
-    """Peak resident MiB of a process that decodes 128 tokens for (batch, prompt length); (0, 0) only loads the model."""
+    """Peak resident MiB while 128 tokens are decoded for (batch, prompt length); (0, 0) only loads the model."""
     script = (
         "import resource, sys, umedtrain as ut; batch, length = map(int, sys.argv[2:]);"
         "sampler = ut.Sampler(ut.load_model(sys.argv[1]), eos_ids=());"
