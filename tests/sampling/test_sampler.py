@@ -364,3 +364,13 @@ def test_other_mistakes():
 
 def test_nothing_asked_nothing_answered():
     assert Sampler(tiny()).generate([], SamplingParams(seed=1)) == []
+
+
+def test_a_model_that_changes_its_dtype_needs_a_new_sampler():
+    model = tiny()
+    sampler = Sampler(model, eos_ids=())
+    sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=2, temperature=0))
+    model.bfloat16()
+    with pytest.raises(RuntimeError, match=r"was torch.float32 on cpu .* is torch.bfloat16 on cpu now; make a new"):
+        sampler.generate(PROMPTS[:1], SamplingParams(max_tokens=2, temperature=0))
+    assert len(Sampler(model, eos_ids=()).generate(PROMPTS[:1], SamplingParams(max_tokens=2))[0][0].tokens) == 2

@@ -169,6 +169,12 @@ class Engine:
                 "the model's weights were written to while requests were running, so the keys and values in their "
                 "cache are those of other weights; finish or cancel requests before updating the model"
             )
+        weight, cached = self.model.lm_head_weight, self.cache.keys[0]
+        if (weight.dtype, weight.device) != (cached.dtype, cached.device):
+            raise RuntimeError(
+                f"the model was {cached.dtype} on {cached.device} when its sampler was made and is {weight.dtype} on "
+                f"{weight.device} now; make a new sampler"
+            )
         self.pool.forget()
         self.weights.forget_copies()
         self.decoder.refresh()

@@ -122,7 +122,8 @@ _QUANTIZERS: dict[str, Callable[[torch.Tensor], Weight]] = {
 def make_decoder(weights: Weights, cache: PagedCache, *, exact: bool) -> "CppDecoder | TorchDecoder":
     """The faster one that can run."""
     weight = weights.model.lm_head_weight
-    if weight.device.type == "cpu" and weight.dtype in cpu.DTYPES and cpu.available():
+    alike = all(parameter.dtype == weight.dtype for parameter in weights.model.parameters())
+    if weight.device.type == "cpu" and weight.dtype in cpu.DTYPES and alike and cpu.available():
         return CppDecoder(weights, cache)
     return TorchDecoder(weights, cache, exact=exact)
 
