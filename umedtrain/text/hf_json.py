@@ -18,24 +18,33 @@ _SECRET = secrets.token_hex(8)
 class HFTokenizer:
     """A tokenizer.json (see `umedtrain.text.tokenizer.Tokenizer`).
 
-    spec: the parsed file. config: the parsed tokenizer_config.json beside it, or {}.
+    content: the file's bytes, or what it says as a dict. config: the parsed tokenizer_config.json beside it, or {}.
 
     Special are the added tokens that the file calls special, and others written like them ("<name>", "[NAME]"). Text is
     encoded so that nothing a user writes can become one of them.
+
+    Raises ValueError for what is not a tokenizer.json.
     """
 
     def __init__(
-        self, spec: dict, *, config: Mapping[str, object] | None = None, file: Path | str = "tokenizer.json"
+        self,
+        content: bytes | dict,
+        *,
+        config: Mapping[str, object] | None = None,
+        file: Path | str = "tokenizer.json",
     ) -> None:
         tokenizers = _import()
-        self.spec, self.config = spec, dict(config or {})
+        # Kept as bytes: as Python objects, Llama-3's file takes ten times its size.
+        self._content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.config = dict(config or {})
+        spec = _parse(self._content, file)
         try:
-            self._full = tokenizers.Tokenizer.from_str(json.dumps(spec))
+            self._full = tokenizers.Tokenizer.from_buffer(self._content)
             self._plain, self._continued = self._full, self._full
             if not _switch_suffices(spec):
                 self._plain = self._continued = tokenizers.Tokenizer.from_str(json.dumps(_plain_text_spec(spec)))
-            if continued := _without_first_prefix(_plain_text_spec(spec)):
-                self._continued = tokenizers.Tokenizer.from_str(json.dumps(continued))
+            if continued := _without_first_prefix(spec):
+                self._continued = tokenizers.Tokenizer.from_str(json.dumps(_plain_text_spec(continued)))
             for each in (self._plain, self._continued):
                 each.encode_special_tokens = True
                 each.no_truncation()
@@ -50,18 +59,12 @@ class HFTokenizer:
             self.bos_id = next((i for n in DOCUMENT_STARTS if (i := self.special_id(n)) is not None), None)
         self.eos_ids = end_ids(self.special_id, (self._config_id("eos_token"),))
         self.chat_template = template_name(jinja_of(self.config), self.special_id, where=str(file))
-        self._space_bytes = self._find_space_bytes()
+        self._space_bytes = self._find_space_bytes(spec)
 
-    @classmethod
-    def parse(cls, content: bytes, *, file: Path | str, config: Mapping[str, object] | None = None) -> HFTokenizer:
-        """From a file's bytes. Raises ValueError for what is not a tokenizer.json."""
-        try:
-            spec = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"{file}: not valid JSON ({error}); the file is cut or damaged.") from None
-        if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
-            raise ValueError(f"{file}: has no 'model' entry, so it is not a tokenizer.json.")
-        return cls(spec, config=config, file=file)
+    @property
+    def spec(self) -> dict:
+        """What the file says, parsed anew."""
+        return json.loads(self._content)
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text."""
@@ -97,14 +100,24 @@ class HFTokenizer:
         name = value.get("content") if isinstance(value, dict) else value
         return self._full.token_to_id(name) if isinstance(name, str) else None
 
-    def _find_space_bytes(self) -> list[int] | None:
+    def _find_space_bytes(self, spec: dict) -> list[int] | None:
         """Byte ids that spell the character which stands for a space, when the model is otherwise exact on any text
         (as the SentencePiece models trained here are): as a character it would come back as a space."""
         exact = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-        if self.spec.get("normalizer") != exact or not self.spec["model"].get("byte_fallback"):
+        if spec.get("normalizer") != exact or not spec["model"].get("byte_fallback"):
             return None
         ids = [self._full.token_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         return None if None in ids else ids
+
+
+def _parse(content: bytes, file: Path | str) -> dict:
+    try:
+        spec = json.loads(content)
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); the file is cut or damaged.") from None
+    if not isinstance(spec, dict) or not isinstance(spec.get("model"), dict):
+        raise ValueError(f"{file}: has no 'model' entry, so it is not a tokenizer.json.")
+    return spec
 
 
 def _special_names(spec: dict) -> dict[str, None]:

@@ -80,7 +80,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if content.lstrip()[:1] == b"{":
         from umedtrain.text.hf_json import HFTokenizer
 
-        return HFTokenizer.parse(content, file=file, config=config)
+        return HFTokenizer(content, file=file, config=config)
     from umedtrain.text import sentencepiece, tiktoken_bpe
 
     if tiktoken_bpe.looks_like_ranks(content):
