@@ -58,21 +58,27 @@ def mixed_requests(tokenizer, count):
             "temperature": numbers.choice([0.0, 0.7, 1.0]),
             "top_p": numbers.choice([1.0, 0.9]),
             "stop": numbers.choice([(), ("e", "in")]),
+            "ignore_eos": False,
         }
         yield shared + ids, asked
+
+
+TOO_LONG_FOR_TWO = ([8] * 30, {"max_tokens": 440, "ignore_eos": True, "n": 2, "seed": 40, "stop": ()})
+"""Two samples that do not fit into 40 pages of 16 tokens at once, however the others come and go."""
 
 
 @pytest.mark.parametrize("pages", [40, 512])
 def test_concurrent_clients_get_the_answers_they_get_alone(tiny, pages):
     """With few pages samples wait for each other and are thrown out again; nobody can tell."""
     model, tokenizer = tiny
-    cases = list(mixed_requests(tokenizer, 40))
+    cases = [*mixed_requests(tokenizer, 40), TOO_LONG_FOR_TWO]
     alone = [ut.Sampler(model, tokenizer).generate([ids], ut.SamplingParams(**asked))[0] for ids, asked in cases]
     page_bytes = 2 * 2 * 2 * 8 * 16 * 4
 
     async def ask(client, ids, asked, kind):
         await asyncio.sleep(random.Random(asked["seed"]).random() * 0.3)
         asked = {**asked, "stop": list(asked["stop"]) or None}
+        asked["extra_body"] = {"ignore_eos": asked.pop("ignore_eos")}
         if kind == 0:
             found = await client.completions.create(model="tiny", prompt=ids, **asked)
             return [choice.text for choice in found.choices]
