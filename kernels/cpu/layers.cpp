@@ -58,27 +58,71 @@ void rotate_and_store(
 constexpr int ROWS = 4;
 constexpr int64_t STEP = LANES;  // positions whose scores make up a vector
 
-// Queries of some rows (a token and a query head each) of one key-value head over positions 0..limit of a sequence.
+// Sums of values over the positions of some rows, for N vectors of the head dimension.
+// Of the head dimension `rest` elements are left at `first`; only a single vector may reach beyond them.
+template <int R, int N, typename Cache>
+void add_values(
+    float* const* out, const int64_t* limit, const Cache* values, const int64_t* cells, const float* weights,
+    int64_t room, const float* inverse, int64_t first, int64_t rest
+) {
+    bool whole = rest >= LANES;
+    Floats sums[R][N] = {};
+    int64_t shortest = *std::min_element(limit, limit + R), longest = *std::max_element(limit, limit + R);
+    auto add = [&](int64_t j, int r) {
+        for (int n = 0; n < N; n++) {
+            const Cache* value = values + cells[j] + first + n * LANES;
+            Floats part = whole ? load(value) : load_some(value, rest);
+            sums[r][n] = multiply_add(part, broadcast(weights[r * room + j]), sums[r][n]);
+        }
+    };
+    for (int64_t j = 0; j < shortest; j++) {
+        for (int r = 0; r < R; r++) add(j, r);
+    }
+    for (int64_t j = shortest; j < longest; j++) {
+        for (int r = 0; r < R; r++) {
+            // Not by a weight of 0: that would spread a NaN of a position after the row's last.
+            if (j < limit[r]) add(j, r);
+        }
+    }
+    for (int r = 0; r < R; r++) {
+        for (int n = 0; n < N; n++) {
+            Floats result = sums[r][n] * inverse[r];
+            float* target = out[r] + first + n * LANES;
+            whole ? store(target, result) : store_some(target, result, rest);
+        }
+    }
+}
+
+// Queries of some rows (a token and a query head each) of one key-value head over positions 0..limit of a sequence;
+// `cells` says where in the cache each position lies.
 template <int R, typename Cache>
 void attend_rows(
     const float* const* q, float* const* out, const int64_t* limit, const Cache* keys, const Cache* values,
-    const int32_t* pages, int64_t head_dim, int64_t slots, int64_t stride, float scale, float* weights, int64_t room
+    const int64_t* cells, int64_t head_dim, float scale, float* weights, int64_t room
 ) {
-    int64_t longest = *std::max_element(limit, limit + R), shortest = *std::min_element(limit, limit + R);
+    int64_t longest = *std::max_element(limit, limit + R);
     // Scores of all positions first: their maximum is known before any exponential.
     for (int64_t start = 0; start < longest; start += STEP) {
-        Floats sums[R][STEP] = {};
+        Floats sums[R][STEP];
         for (int64_t j = 0; j < STEP; j++) {
-            int64_t position = std::min(start + j, longest - 1);
-            const Cache* key = keys + (pages[position / slots] * slots + position % slots) * stride;
+            // A head's part of a position is too short for the machine to guess the next one.
+            const int64_t at = cells[std::min(start + j, longest - 1)];
+            const int64_t ahead = cells[std::min(start + j + 2 * STEP, longest - 1)];
+            for (int64_t i = 0; i < head_dim; i += 64 / int64_t(sizeof(Cache))) {
+                __builtin_prefetch(keys + ahead + i);
+                __builtin_prefetch(values + at + i, 0, 2);
+            }
+            const Cache* key = keys + at;
+            Floats own[R] = {};
             for (int64_t i = 0; i < head_dim; i += LANES) {
                 bool whole = i + LANES <= head_dim;
                 Floats part = whole ? load(key + i) : load_some(key + i, head_dim - i);
                 for (int r = 0; r < R; r++) {
                     Floats query = whole ? load(q[r] + i) : load_some(q[r] + i, head_dim - i);
-                    sums[r][j] = multiply_add(part, query, sums[r][j]);
+                    own[r] = multiply_add(part, query, own[r]);
                 }
             }
+            for (int r = 0; r < R; r++) sums[r][j] = own[r];
         }
         for (int r = 0; r < R; r++) store(weights + r * room + start, lane_sums(sums[r]) * scale);
     }
@@ -97,23 +141,13 @@ void attend_rows(
         }
         inverse[r] = 1.0f / total(sum);
     }
-    for (int64_t i = 0; i < head_dim; i += LANES) {
-        bool whole = i + LANES <= head_dim;
-        Floats sums[R] = {};
-        for (int64_t j = 0; j < longest; j++) {
-            const Cache* value = values + (pages[j / slots] * slots + j % slots) * stride + i;
-            Floats part = whole ? load(value) : load_some(value, head_dim - i);
-            for (int r = 0; r < R; r++) {
-                // Not by a weight of 0: that would spread a NaN of a position after the row's last.
-                if (j < shortest || j < limit[r]) {
-                    sums[r] = multiply_add(part, broadcast(weights[r * room + j]), sums[r]);
-                }
-            }
-        }
-        for (int r = 0; r < R; r++) {
-            Floats result = sums[r] * inverse[r];
-            whole ? store(out[r] + i, result) : store_some(out[r] + i, result, head_dim - i);
-        }
+    constexpr int VECTORS = 8 / R;  // as many sums as stay in registers
+    int64_t i = 0;
+    for (; i + VECTORS * LANES <= head_dim; i += VECTORS * LANES) {
+        add_values<R, VECTORS>(out, limit, values, cells, weights, room, inverse, i, VECTORS * LANES);
+    }
+    for (; i < head_dim; i += LANES) {
+        add_values<R, 1>(out, limit, values, cells, weights, room, inverse, i, head_dim - i);
     }
 }
 
@@ -136,13 +170,20 @@ void attend(
 #pragma omp parallel
     {
         std::vector<float> weights;
+        std::vector<int64_t> cells;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < runs * kv_heads; task++) {
             int64_t run = task / kv_heads, g = task % kv_heads, first = starts[run];
             int64_t rows = (starts[run + 1] - first) * group;
             const int32_t* pages = table + sequence[first] * table_width;
-            int64_t room = (position[starts[run + 1] - 1] + STEP) / STEP * STEP;
+            int64_t last = position[starts[run + 1] - 1], room = (last + STEP) / STEP * STEP;
             weights.resize(ROWS * room);
+            cells.resize(last / slots * slots + slots);
+            for (int64_t page = 0; page <= last / slots; page++) {
+                for (int64_t slot = 0; slot < slots; slot++) {
+                    cells[page * slots + slot] = (pages[page] * slots + slot) * stride + g * head_dim;
+                }
+            }
             for (int64_t row = 0; row < rows; row += ROWS) {
                 const float* q_rows[ROWS];
                 float* out_rows[ROWS];
@@ -154,12 +195,11 @@ void attend(
                     out_rows[r] = out + (t * heads + h) * head_dim;
                     limit[r] = position[t] + 1;
                 }
-                const Cache *key = keys + g * head_dim, *value = values + g * head_dim;
                 auto go = count == 4   ? attend_rows<4, Cache>
                           : count == 3 ? attend_rows<3, Cache>
                           : count == 2 ? attend_rows<2, Cache>
                                        : attend_rows<1, Cache>;
-                go(q_rows, out_rows, limit, key, value, pages, head_dim, slots, stride, scale, weights.data(), room);
+                go(q_rows, out_rows, limit, keys, values, cells.data(), head_dim, scale, weights.data(), room);
             }
         }
     }
