@@ -1,5 +1,6 @@
 """The recipes, one after the other, as a user runs them, on two ranks."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -151,6 +152,15 @@ def test_evaluate_agrees_on_all_ranks_and_counts_what_it_drops(chain, files):
     assert pairs["dropped"]["pair longer than 400 tokens"]["count"] == 1
     assert json.loads((chain[0] / "evaluate" / "results.json").read_text()) == json.loads(json.dumps(first))
     assert "Dropped: pair longer than 400 tokens: 1." in (chain[0] / "evaluate" / "results.md").read_text()
+
+
+def test_a_run_that_found_no_data_does_not_keep_its_folder(files, world, tmp_path):
+    config = sft_config(files, tmp_path / "sft")
+    mistyped = dataclasses.replace(config, data=dataclasses.replace(config.data, files=(str(tmp_path / "no.jsonl"),)))
+    with pytest.raises((ValueError, OSError), match="no.jsonl"):
+        sft.run(mistyped, world)
+    assert (tmp_path / "sft" / "config.toml").exists()
+    assert (sft.run(config, world) / "config.json").exists()
 
 
 def test_a_finished_run_is_skipped_and_another_config_refused(chain, files, world):

@@ -100,7 +100,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def _check_same_run(folder: Path, config: Any) -> None:
     path = folder / "config.toml"
-    if not path.exists():
+    # A run that ended at a wrong file name has left nothing that another one could spoil.
+    if not path.exists() or {entry.name for entry in folder.iterdir()} <= {"config.toml", "environment.json"}:
         return
     before, now = (msgspec.to_builtins(value) for value in (read_config(type(config), path), config))
     changed = [key for key in _flat(now) if _flat(before)[key] != _flat(now)[key]]
