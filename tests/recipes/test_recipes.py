@@ -157,7 +157,7 @@ def test_evaluate_agrees_on_all_ranks_and_counts_what_it_drops(chain, files):
 def test_a_run_that_found_no_data_does_not_keep_its_folder(files, world, tmp_path):
     config = sft_config(files, tmp_path / "sft")
     mistyped = dataclasses.replace(config, data=dataclasses.replace(config.data, files=(str(tmp_path / "no.jsonl"),)))
-    with pytest.raises((ValueError, OSError), match="no.jsonl"):
+    with pytest.raises((ValueError, OSError), match=r"no\.jsonl"):
         sft.run(mistyped, world)
     assert (tmp_path / "sft" / "config.toml").exists()
     assert (sft.run(config, world) / "config.json").exists()
