@@ -12,6 +12,7 @@ from umedtrain import Layout, Llama, LlamaConfig, RopeScaling, token_logprobs
 from umedtrain.distributed.sharding import checkpoint_layer, shard_model
 from umedtrain.kernels import AdamW, clip_factor, grad_norm
 from umedtrain.kernels.offline import interpreter, sanitizer
+from umedtrain.losses import token_cross_entropy
 
 CONFIG = LlamaConfig(
     vocab_size=101,
@@ -64,7 +65,8 @@ def batch(segments=SEGMENTS, seed=2):
 def loss_of(model, layout, tokens, rows, targets, weights):
     hidden = model(tokens, layout)
     logp = token_logprobs(hidden[rows], model.lm_head_weight, targets, chunk_bytes=4000)
-    return (logp * weights.to(logp)).sum(), hidden, logp
+    entropy = token_cross_entropy(hidden[rows], model.lm_head_weight, targets, chunk_bytes=4000)
+    return (logp * weights.to(logp)).sum() + 0.3 * entropy, hidden, logp
 
 
 def results(model, given):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from umedtrain.losses import token_logprobs
+from umedtrain.losses import token_cross_entropy, token_logprobs
 
 
 def reference(hidden, weight, targets):
@@ -38,6 +38,14 @@ def test_value_and_gradients_equal_a_full_log_softmax_in_fp64(rows, vocab, chunk
     torch.testing.assert_close(logp.double(), expected, rtol=1e-6, atol=1e-6)
     for got, wanted in zip(ours, theirs, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    loss = token_cross_entropy(hidden, weight, targets, chunk_bytes=4 * vocab * chunk)
+    summed = torch.autograd.grad(loss / 7, (hidden, weight))
+    theirs = torch.autograd.grad(-reference(hidden, weight, targets).sum() / 7, (hidden, weight))
+    assert loss.dtype == torch.float32
+    assert loss.ndim == 0
+    torch.testing.assert_close(loss.double(), -expected.sum(), rtol=1e-6, atol=1e-5)
+    for got, wanted in zip(summed, theirs, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
 
 
 def test_the_chunk_size_does_not_matter_beyond_rounding():
@@ -58,6 +66,10 @@ def test_bf16_weight_gradient_is_summed_in_fp32():
     reference(hidden.double(), exact, targets).sum().backward()
     error = (weight.grad.double() - exact.grad).norm() / exact.grad.norm()
     assert error < 4e-3
+    weight.grad = None
+    token_cross_entropy(hidden, weight, targets, chunk_bytes=4 * 11 * 8).backward()
+    assert weight.grad.dtype == torch.bfloat16
+    assert (weight.grad.double() + exact.grad).norm() / exact.grad.norm() < 4e-3
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])
@@ -75,6 +87,31 @@ def test_no_targets_stay_connected_to_the_graph():
     token_logprobs(hidden, weight, torch.full((4,), -100)).sum().backward()
     assert torch.equal(hidden.grad, torch.zeros(4, 3))
     assert torch.equal(weight.grad, torch.zeros(7, 3))
+
+
+def test_cross_entropy_of_no_targets_is_zero_and_connected():
+    hidden, weight = torch.randn(4, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    loss = token_cross_entropy(hidden, weight, torch.full((4,), -100))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(hidden.grad, torch.zeros(4, 3))
+    assert torch.equal(weight.grad, torch.zeros(7, 3))
+
+
+def test_cross_entropy_makes_only_the_gradients_that_are_wanted():
+    hidden, weight, targets = torch.randn(9, 3), torch.randn(7, 3), torch.arange(9) % 7
+    value = token_cross_entropy(hidden, weight, targets)
+    for wanted in ((True, False), (False, True), (True, True)):
+        for tensor, want in zip((hidden, weight), wanted, strict=True):
+            tensor.requires_grad_(want).grad = None
+        loss = token_cross_entropy(hidden, weight, targets)
+        assert torch.equal(loss, value)
+        loss.backward()
+        assert [tensor.grad is not None for tensor in (hidden, weight)] == list(wanted)
+        with torch.no_grad():
+            assert torch.equal(token_cross_entropy(hidden, weight, targets), value)
+    with pytest.raises(RuntimeError, match="one backward pass only"):
+        loss.backward()
 
 
 class LargestStorage(TorchDispatchMode):
@@ -97,6 +134,9 @@ def test_logits_of_all_rows_are_never_held():
         with LargestStorage() as watch:
             token_logprobs(hidden, weight, targets, chunk_bytes=4 * 300 * chunk).sum().backward()
         assert watch.elements == largest
+        with LargestStorage() as watch:
+            token_cross_entropy(hidden, weight, targets, chunk_bytes=4 * 300 * chunk).backward()
+        assert watch.elements == min(largest, 256 * 300)
 
 
 @pytest.mark.parametrize("chunk_rows", [3, 8, 100])
@@ -119,5 +159,6 @@ def test_a_second_backward_pass_gives_the_same_gradient(chunk_rows):
     ],
 )
 def test_bad_input_is_named(hidden, weight, targets, message):
-    with pytest.raises(ValueError, match=message):
-        token_logprobs(hidden, weight, targets)
+    for function in (token_logprobs, token_cross_entropy):
+        with pytest.raises(ValueError, match=message):
+            function(hidden, weight, targets)

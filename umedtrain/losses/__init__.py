@@ -1,7 +1,7 @@
 """Losses: pure functions on small tensors."""
 
 from umedtrain.losses.kto import kto, kto_pair
-from umedtrain.losses.logprobs import token_logprobs
+from umedtrain.losses.logprobs import token_cross_entropy, token_logprobs
 from umedtrain.losses.preference import dpo, hinge, ipo, nca, odds_ratio, orpo, robust_dpo, simpo
 from umedtrain.losses.reward import bradley_terry, centering
 from umedtrain.losses.sft import sft
@@ -20,5 +20,6 @@ __all__ = [
     "robust_dpo",
     "sft",
     "simpo",
+    "token_cross_entropy",
     "token_logprobs",
 ]

@@ -1,4 +1,4 @@
-"""Log-probabilities of wanted tokens without ever holding the logits of all tokens.
+"""Log-probabilities of wanted tokens, and their sum as a loss, without ever holding the logits of all tokens.
 
 Shape suffixes: N rows, M rows of one chunk, D hidden size, V vocabulary.
 """
@@ -9,6 +9,9 @@ from umedtrain.model.fused import kernels_for
 
 IGNORED = -100
 """The target that means: no target here. Its log-probability is 0 and it sends no gradient."""
+
+_ROWS = 256
+"""Of a chunk of `token_cross_entropy`: more of them make its products no faster."""
 
 
 def token_logprobs(
@@ -37,6 +40,41 @@ def token_logprobs(
     Raises:
         ValueError: for shapes that do not fit each other, or a target outside the vocabulary.
     """
+    _check(hidden_ND, lm_head_weight_VD, targets_N, chunk_bytes)
+    if kernels := kernels_for(hidden_ND):
+        return kernels.linear_logprobs(hidden_ND, lm_head_weight_VD, targets_N, chunk_bytes=chunk_bytes).logprobs_N
+    rows_M = _wanted_rows(targets_N, len(lm_head_weight_VD))
+    chunk_rows = max(1, chunk_bytes // (4 * len(lm_head_weight_VD)))
+    logp_M = _ChunkedLogprobs.apply(hidden_ND[rows_M], lm_head_weight_VD, targets_N[rows_M], chunk_rows)
+    return torch.zeros_like(targets_N, dtype=torch.float32).index_put((rows_M,), logp_M)
+
+
+def token_cross_entropy(
+    hidden_ND: torch.Tensor,
+    lm_head_weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    *,
+    chunk_bytes: int = 512 * 2**20,
+) -> torch.Tensor:
+    """-sum of `token_logprobs`, an fp32 scalar, for a loss in which every target counts alike.
+
+    Its gradient is known but for a factor as soon as its value is, so it is made with it: logits are made once only,
+    and a chunk is no larger than is good for speed. Two gradients, of the hidden states and of the weight in fp32, are
+    kept until the backward pass, which there can be one of. On a GPU this is `umedtrain.kernels.linear_cross_entropy`.
+
+    Arguments and errors are those of `token_logprobs`.
+    """
+    _check(hidden_ND, lm_head_weight_VD, targets_N, chunk_bytes)
+    if kernels := kernels_for(hidden_ND):
+        return kernels.linear_cross_entropy(hidden_ND, lm_head_weight_VD, targets_N, chunk_bytes=chunk_bytes)
+    rows_M = _wanted_rows(targets_N, len(lm_head_weight_VD))
+    chunk_rows = max(1, min(_ROWS, chunk_bytes // (4 * len(lm_head_weight_VD))))
+    if not torch.is_grad_enabled():  # an autograd function would not notice
+        hidden_ND, lm_head_weight_VD = hidden_ND.detach(), lm_head_weight_VD.detach()
+    return _ChunkedCrossEntropy.apply(hidden_ND[rows_M], lm_head_weight_VD, targets_N[rows_M], chunk_rows)
+
+
+def _check(hidden_ND: torch.Tensor, lm_head_weight_VD: torch.Tensor, targets_N: torch.Tensor, chunk_bytes: int) -> None:
     if hidden_ND.ndim != 2 or lm_head_weight_VD.ndim != 2 or hidden_ND.shape[1] != lm_head_weight_VD.shape[1]:
         raise ValueError(
             f"hidden_ND {tuple(hidden_ND.shape)} and lm_head_weight_VD {tuple(lm_head_weight_VD.shape)} "
@@ -46,9 +84,10 @@ def token_logprobs(
         raise ValueError(f"targets_N has shape {tuple(targets_N.shape)}, wanted {tuple(hidden_ND.shape[:1])}")
     if chunk_bytes < 1:
         raise ValueError(f"chunk_bytes must be positive, got {chunk_bytes}")
-    if kernels := kernels_for(hidden_ND):
-        return kernels.linear_logprobs(hidden_ND, lm_head_weight_VD, targets_N, chunk_bytes=chunk_bytes).logprobs_N
-    vocab_size = lm_head_weight_VD.shape[0]
+
+
+def _wanted_rows(targets_N: torch.Tensor, vocab_size: int) -> torch.Tensor:
+    """Numbers of the rows with a target."""
     wanted_N = targets_N != IGNORED
     outside_N = wanted_N & ((targets_N < 0) | (targets_N >= vocab_size))
     # Reading the flag would make a GPU wait for the host, so only CPU tensors are checked here; on a GPU the
@@ -56,10 +95,7 @@ def token_logprobs(
     if targets_N.device.type == "cpu" and outside_N.any():
         row = int(outside_N.nonzero()[0])
         raise ValueError(f"targets_N[{row}] is {int(targets_N[row])}, outside the vocabulary of {vocab_size}")
-    chunk_rows = max(1, chunk_bytes // (4 * vocab_size))
-    rows_M = wanted_N.nonzero()[:, 0]
-    logp_M = _ChunkedLogprobs.apply(hidden_ND[rows_M], lm_head_weight_VD, targets_N[rows_M], chunk_rows)
-    return torch.zeros_like(targets_N, dtype=torch.float32).index_put((rows_M,), logp_M)
+    return wanted_N.nonzero()[:, 0]
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -103,11 +139,57 @@ class _ChunkedLogprobs(torch.autograd.Function):
             grad_MV.scatter_add_(-1, targets_N[chunk, None], grad_N[chunk, None])
             grad_MV = grad_MV.to(weight_VD.dtype)
             torch.mm(grad_MV, weight_VD, out=grad_hidden_ND[chunk])
-            if weight_VD.dtype == torch.float32:
-                grad_weight_VD.addmm_(grad_MV.T, hidden_ND[chunk])
-            else:
-                grad_weight_VD += grad_MV.T @ hidden_ND[chunk]
+            _add_product(grad_weight_VD, grad_MV, hidden_ND[chunk])
         return grad_hidden_ND, grad_weight_VD.to(weight_VD.dtype), None, None
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Rows all have targets here. d loss / d logits = softmax(logits) - onehot(target)."""
+
+    @staticmethod
+    def forward(ctx, hidden_ND, weight_VD, targets_N, chunk_rows):
+        num_rows = len(targets_N)
+        want_hidden, want_weight, *_ = ctx.needs_input_grad
+        logits_MV = _buffer(min(num_rows, chunk_rows), weight_VD)
+        grad_hidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if want_weight else None
+        losses_N = hidden_ND.new_empty(num_rows, dtype=torch.float32)
+        for chunk in _chunks(num_rows, chunk_rows):
+            targets_M1 = targets_N[chunk, None]
+            exps_MV = _project(hidden_ND[chunk], weight_VD, logits_MV)
+            picked_M1, peak_M1 = exps_MV.gather(-1, targets_M1), exps_MV.amax(-1, keepdim=True)
+            total_M1 = exps_MV.sub_(peak_M1).exp_().sum(-1, keepdim=True)
+            losses_N[chunk] = (peak_M1 + total_M1.log() - picked_M1)[:, 0]
+            if not (want_hidden or want_weight):
+                continue
+            grad_MV = exps_MV.div_(total_M1)
+            grad_MV.scatter_add_(-1, targets_M1, grad_MV.new_full((1, 1), -1.0).expand_as(targets_M1))
+            grad_MV = grad_MV.to(weight_VD.dtype)
+            if want_hidden:
+                torch.mm(grad_MV, weight_VD, out=grad_hidden_ND[chunk])
+            if want_weight:
+                _add_product(grad_weight_VD, grad_MV, hidden_ND[chunk])
+        ctx.gradients, ctx.dtype = (grad_hidden_ND, grad_weight_VD), weight_VD.dtype
+        return losses_N.sum()
+
+    @staticmethod
+    def backward(ctx, grad):
+        if ctx.gradients is None:
+            raise RuntimeError("token_cross_entropy can go through one backward pass only: its gradients are used up")
+        (grad_hidden_ND, grad_weight_VD), ctx.gradients = ctx.gradients, None
+        if grad_hidden_ND is not None:
+            grad_hidden_ND = grad_hidden_ND.mul_(grad)
+        if grad_weight_VD is not None:
+            grad_weight_VD = grad_weight_VD.mul_(grad).to(ctx.dtype)
+        return grad_hidden_ND, grad_weight_VD, None, None
+
+
+def _add_product(sum_VD: torch.Tensor, grad_MV: torch.Tensor, hidden_MD: torch.Tensor) -> None:
+    """Add grad^T hidden to an fp32 sum."""
+    if hidden_MD.dtype == torch.float32:
+        sum_VD.addmm_(grad_MV.T, hidden_MD)
+    else:
+        sum_VD += grad_MV.T @ hidden_MD
 
 
 def _chunks(num_rows: int, chunk_rows: int) -> list[slice]:

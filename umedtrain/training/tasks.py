@@ -12,7 +12,7 @@ from torch import nn
 
 from umedtrain import losses
 from umedtrain.data.batch import Batch
-from umedtrain.losses import token_logprobs
+from umedtrain.losses import token_cross_entropy, token_logprobs
 
 Reference = Callable[[Batch], torch.Tensor]
 """From a batch to the log-probability of each of its answers under the reference model, fp32 [A]."""
@@ -50,15 +50,10 @@ class Task(Protocol):
         ...
 
 
-def batch_logprobs(model: nn.Module, batch: Batch, *, chunk_bytes: int) -> torch.Tensor:
-    """fp32 [N]: log-probability of each target of the batch."""
-    hidden_TD = model(batch.tokens_T, batch.layout)
-    return token_logprobs(hidden_TD[batch.rows_N], model.lm_head_weight, batch.targets_N, chunk_bytes=chunk_bytes)
-
-
 def answer_logprobs(model: nn.Module, batch: Batch, *, chunk_bytes: int) -> torch.Tensor:
     """fp32 [A]: log-probability of each answer of the batch, summed over its targets."""
-    logp_N = batch_logprobs(model, batch, chunk_bytes=chunk_bytes)
+    hidden_ND = model(batch.tokens_T, batch.layout)[batch.rows_N]
+    logp_N = token_logprobs(hidden_ND, model.lm_head_weight, batch.targets_N, chunk_bytes=chunk_bytes)
     sums_S = torch.zeros(batch.layout.num_segments, dtype=torch.float32, device=logp_N.device)
     return sums_S.index_add(0, batch.segment_of_N, logp_N)[list(batch.leaves)]
 
@@ -83,7 +78,9 @@ class SFTTask:
         return batch.num_targets
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[torch.Tensor, Sums]:
-        return losses.sft(batch_logprobs(model, batch, chunk_bytes=self.chunk_bytes)), {}
+        hidden_ND = model(batch.tokens_T, batch.layout)[batch.rows_N]
+        loss = token_cross_entropy(hidden_ND, model.lm_head_weight, batch.targets_N, chunk_bytes=self.chunk_bytes)
+        return loss, {}
 
     def report(self, means: Means) -> Means:
         return means
