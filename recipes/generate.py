@@ -16,7 +16,7 @@ from umedtrain.config import SamplingConfig
 from umedtrain.distributed.world import World
 from umedtrain.records import read_prompts, write_jsonl
 from umedtrain.sampling import Sampler
-from umedtrain.sampling.rollout import rollout, sampling_params
+from umedtrain.sampling.rollout import check_lengths, rollout, sampling_params
 from umedtrain.text.chat import render_chat
 from umedtrain.text.tokenizer import load_tokenizer
 from umedtrain.training.run import finish_run, launch, start_run
@@ -51,6 +51,7 @@ def run(config: GenerateConfig, world: World) -> Path:
     tokenizer = load_tokenizer(config.model)
     model = load_model(config.model, dtype=getattr(torch, config.dtype), device=world.device)
     ids = [render_chat(prompt.messages, tokenizer, add_generation_prompt=True)[0] for prompt in prompts]
+    check_lengths(prompts, ids, model.config)
     rows = rollout(
         Sampler(model, tokenizer),
         ids,

@@ -41,7 +41,7 @@ from umedtrain.model.llama import Llama
 from umedtrain.recipes.dpo import PairTrainingConfig, check_loss, learn
 from umedtrain.records import Prompt, read_prompts, write_jsonl
 from umedtrain.sampling import Sampler
-from umedtrain.sampling.rollout import Row, rollout, sampling_params
+from umedtrain.sampling.rollout import Row, check_lengths, rollout, sampling_params
 from umedtrain.text.tokenizer import Tokenizer, load_tokenizer
 from umedtrain.training import build
 from umedtrain.training.checkpoint import Checkpoints
@@ -155,11 +155,13 @@ def play_round(
     start = f"{first}, round {number}"
     options = {"template": config.data.template, "trim": config.data.trim}
     if not world.gather((folder / "pairs.jsonl").exists())[0]:
+        ids = [encode_answers(prompt.messages, (), tokenizer, **options)[0] for prompt in prompts]
+        check_lengths(prompts, ids, model.config)
         copy = gather_model(model, world.device, dtype=getattr(torch, config.parallel.dtype))
         settings = replace(config.sampling, seed=config.sampling.seed + number)
         rows = rollout(
             Sampler(copy, tokenizer),
-            [encode_answers(prompt.messages, (), tokenizer, **options)[0] for prompt in prompts],
+            ids,
             sampling_params(settings),
             folder / "answers",
             world,

@@ -1,5 +1,6 @@
 """The console command `umedtrain`: what is not a training launch."""
 
+import math
 import os
 import signal
 import sys
@@ -146,7 +147,7 @@ def serve(
     Args:
         model: Checkpoint directory.
         name: Name of the model for clients; the directory's if left out.
-        host: Address to listen at. Only this machine can reach the default.
+        host: Address to listen at. Only this machine can reach the default, and only by its own names without a key.
         port: Port to listen at; 0 takes a free one.
         api_key: What clients must send as their key; better given as the environment variable UMEDTRAIN_API_KEY, which
             other users of the machine cannot see.
@@ -160,7 +161,8 @@ def serve(
         max_n: Most samples of one prompt.
         max_queue: Most samples that wait or run at once, of all clients; more are refused with 429.
         max_body_bytes: Largest request.
-        client_seconds: Time that a client has to send its request, and to take each piece of its answer.
+        client_seconds: Time that a client has to send the head of a request, its body, and to take each piece of its
+            answer.
         drain_seconds: Time that answers under way have to finish after SIGTERM.
     """
     try:
@@ -172,6 +174,10 @@ def serve(
     if not 0 <= port < 2**16:
         raise ValueError(f"port must lie in 0..65535, got {port}")
     limits = Limits(max_prompt_tokens, max_tokens, max_n, max_queue, max_body_bytes, client_seconds)
+    if not 0 < cache_gib < math.inf:
+        raise ValueError(f"cache_gib must be a positive number, got {cache_gib}")
+    if max_running < 1:
+        raise ValueError(f"max_running must be at least 1, got {max_running}")
     cache_bytes = int(cache_gib * 2**30)
     sampler = _load_sampler(model, dtype, device, max_rows=max_running, cache_bytes=cache_bytes, quantize=quantize)
     Server(

@@ -1,6 +1,7 @@
 """The server under load, with clients that misbehave, failures inside, and its end."""
 
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -33,7 +34,8 @@ def completion(url, body, **options):
 def connect(live, body, *, receive_buffer=None, path="/v1/completions"):
     """A socket on which a request has been sent and nothing has been read."""
     data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
     sock = socket.socket()
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
@@ -137,7 +139,7 @@ def test_a_reader_who_has_stopped_reading_does_not_stop_the_others(tiny):
 
 def test_a_sender_who_has_stopped_sending_is_told_so(tiny):
     with running(*tiny, client_seconds=0.5) as live, socket.create_connection(("127.0.0.1", live.port)) as sock:
-        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         sock.settimeout(20)
         assert sock.recv(4096).startswith(b"HTTP/1.1 408")
         assert live.idle()
@@ -296,7 +298,7 @@ class Process:
         )
         line = self.process.stdout.readline()
         assert line.startswith("serving tiny at http://127.0.0.1:"), line + self.process.stdout.read()
-        self.url = line.split()[-1].removesuffix("/v1")
+        self.url = line.split()[3].removesuffix("/v1,")
         self.port = int(self.url.rpartition(":")[2])
 
     def __enter__(self):
@@ -348,6 +350,28 @@ def test_the_end_waits_only_so_long(tmp_path):
             open_sock.close()
 
 
+def test_connections_that_never_ask_are_closed(tiny):
+    with running(*tiny, client_seconds=0.5) as live:
+        silent, slow = (socket.create_connection(("127.0.0.1", live.port), timeout=10) for _ in range(2))
+        kept = connect(live, {"prompt": [7], "max_tokens": 1})
+        with silent, slow, kept:
+            kept.settimeout(10)
+            assert kept.recv(4096).startswith(b"HTTP/1.1 200")
+            began = time.monotonic()
+            with contextlib.suppress(OSError):  # closed in our face
+                for byte in b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 100:
+                    slow.sendall(bytes([byte]))
+                    time.sleep(0.05)
+            assert time.monotonic() - began < 4
+            assert silent.recv(1) == b""
+            # A second head on a connection that has had its answer has as long.
+            with contextlib.suppress(OSError):
+                kept.sendall(b"GET /health HT")
+                while kept.recv(4096):
+                    pass
+            assert time.monotonic() - began < 8
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     with running(*tiny_model(tmp_path, positions=8192), drain_seconds=60) as live, connect(live, LONG):
         wait_for(lambda: live.sampler.engine.busy)
@@ -363,7 +387,12 @@ def test_a_second_signal_does_not_wait(tmp_path):
         (["--port", "70000"], "port must lie in"),
         (["--max-n", "0"], "n must be positive"),
         (["--device", "nowhere"], "device='nowhere' cannot be used"),
-        (["--cache-gib", "0"], "cache_bytes must be positive"),
+        (["--cache-gib", "0"], "cache_gib must be a positive number"),
+        (["--cache-gib", "nan"], "cache_gib must be a positive number, got nan"),
+        (["--cache-gib", "1e-7"], "has no room for a page of 16 tokens"),
+        (["--max-running", "0"], "max_running must be at least 1"),
+        (["--drain-seconds", "-1"], "drain_seconds must be 0 or a number of seconds, got -1"),
+        (["--drain-seconds", "nan"], "drain_seconds must be 0 or a number of seconds, got nan"),
     ],
     ids=str,
 )

@@ -88,6 +88,8 @@ class Engine:
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE_SIZE
         pages_of_all = max_rows * -(-config.max_position_embeddings // PAGE_SIZE)
         num_pages = min(cache_bytes // (numbers * model.lm_head_weight.element_size()), pages_of_all)
+        if num_pages < 1:
+            raise ValueError(f"cache_bytes={cache_bytes} has no room for a page of {PAGE_SIZE} tokens; raise it")
         self.pool = PagePool(num_pages, PAGE_SIZE)
         # One page more than there are to give: the one that surplus rows of a recorded pass write to.
         self.cache = PagedCache(config, num_pages + 1, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
@@ -106,6 +108,11 @@ class Engine:
         self.computed_tokens = self.confirmed_tokens = 0
 
     @property
+    def cache_tokens(self) -> int:
+        """Tokens that the cache has room for."""
+        return self.pool.num_pages * self.pool.page_size
+
+    @property
     def busy(self) -> bool:
         """Whether any request is unfinished."""
         return bool(self.scheduler.running or self.scheduler.waiting or self._broken)
@@ -115,8 +122,8 @@ class Engine:
         needed, size = len(request.ids) + request.limit, self.pool.page_size
         if -(-needed // size) > self.pool.num_pages:
             raise ValueError(
-                f"{request.name} needs a cache for {len(request.ids)} tokens and {request.limit} new ones, but "
-                f"cache_bytes has room for {self.pool.num_pages * size} in all; raise cache_bytes or lower max_tokens"
+                f"{request.name} needs a cache for {len(request.ids)} tokens and {request.limit} new ones, but the "
+                f"cache has room for {self.cache_tokens} in all; lower max_tokens, or give the sampler more cache_bytes"
             )
 
     def submit(self, request: Request) -> list[Sequence]:
@@ -407,6 +414,7 @@ class Engine:
                 known = len(text.text) - len(new)
                 if late_enough and new and (match := find_stop(text.text, params.stop, known)):
                     sequence.stop_at, reason = match
+                    sequence.stopped_text = text.text[: sequence.stop_at]
                     return count, reason
         return len(ids), None
 

@@ -94,7 +94,7 @@ class SamplingParams:
         stops = _listed(self.stop_token_ids)
         if stops is None or not all(_is_integer(stop) and stop >= 0 for stop in stops):
             raise ValueError(f"stop_token_ids must be token ids, got {self.stop_token_ids!r}")
-        object.__setattr__(self, "stop_token_ids", tuple(operator.index(stop) for stop in stops))
+        object.__setattr__(self, "stop_token_ids", tuple(dict.fromkeys(operator.index(stop) for stop in stops)))
         strings = (self.stop,) if isinstance(self.stop, str) else _listed(self.stop)
         if strings is None or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(f"stop must be strings that are not empty, got {self.stop!r}")

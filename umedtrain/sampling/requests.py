@@ -16,6 +16,9 @@ from umedtrain.text.tokenizer import Tokenizer
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 """Plain text, token ids, or the messages of a chat."""
 
+_CHARACTERS = 256
+"""No token stands for more. Text too long by this measure is not encoded first, which takes seconds for megabytes."""
+
 
 @dataclass(frozen=True, eq=False)
 class Request:
@@ -94,6 +97,7 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, name: str, config
     if (isinstance(prompt, str) or is_chat) and tokenizer is None:
         raise ValueError(f"{name} is text, but the sampler has no tokenizer; pass one to Sampler, or pass token ids")
     if isinstance(prompt, str) or is_chat:
+        check_characters(prompt, config, name=name)
         try:
             ids = _encode(prompt, tokenizer)
         except ValueError as error:
@@ -114,6 +118,16 @@ def prompt_ids(prompt: Prompt, tokenizer: Tokenizer | None, *, name: str, config
             f"max_position_embeddings of {config.max_position_embeddings}; shorten it"
         )
     return ids
+
+
+def check_characters(prompt: str | Sequence[Mapping[str, str]], config: LlamaConfig, *, name: str) -> None:
+    """ValueError for text that cannot fit the model's positions, whatever its tokens are."""
+    size = len(prompt) if isinstance(prompt, str) else sum(len(message.get("content", "")) for message in prompt)
+    if size > _CHARACTERS * config.max_position_embeddings:
+        raise ValueError(
+            f"{name} has {size} characters, more than the model's max_position_embeddings of "
+            f"{config.max_position_embeddings} tokens can hold; shorten it"
+        )
 
 
 def _encode(prompt: str | Sequence[Mapping[str, str]], tokenizer: Tokenizer) -> list[int]:

@@ -17,6 +17,9 @@ from tqdm import tqdm
 from umedtrain.config import SamplingConfig
 from umedtrain.distributed.part_files import PartFiles, Row
 from umedtrain.distributed.world import World
+from umedtrain.files import RecordError
+from umedtrain.model.config import LlamaConfig
+from umedtrain.records import Prompt
 from umedtrain.sampling.params import Output, SamplingParams
 from umedtrain.sampling.sampler import Sampler
 
@@ -31,6 +34,16 @@ def sampling_params(config: SamplingConfig) -> SamplingParams:
         n=config.n,
         seed=config.seed,
     )
+
+
+def check_lengths(prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], config: LlamaConfig) -> None:
+    """RecordError that names the first prompt whose tokens leave the model no room for an answer."""
+    most = config.max_position_embeddings
+    for prompt, own in zip(prompts, ids, strict=True):
+        if len(own) >= most:
+            problem = f"the prompt has {len(own)} tokens, which leaves no room for an answer in the model's {most}"
+            unit = "line" if prompt.source.endswith(".jsonl") else "row"
+            raise RecordError(prompt.source, problem, line=prompt.line, unit=unit)
 
 
 def rollout(

@@ -178,11 +178,10 @@ class Sampler:
         )
 
     def _text(self, sequence: in_engine.Sequence) -> str | None:
-        if self.tokenizer is None:
-            return None
+        if self.tokenizer is None or sequence.stopped_text is not None:
+            return sequence.stopped_text
         ended_by_token = isinstance(sequence.stop_reason, int)
-        text = self.tokenizer.decode(sequence.answer[:-1] if ended_by_token else sequence.answer)
-        return text[: sequence.stop_at]
+        return self.tokenizer.decode(sequence.answer[:-1] if ended_by_token else sequence.answer)
 
 
 def _for_each(

@@ -23,12 +23,14 @@ class Sequence:
         prompt_logprobs, prompt_top_logprobs: of the prompt's tokens after the first so far.
         stop_reason: what ended it.
         stop_at: where in the answer's text the stop string begins that ended it.
-        text: the answer so far, if anything needs it decoded on the way.
+        stopped_text: the text before it, which has been decoded token by token; the whole answer's may differ where
+            tokens are no valid text.
     """
 
     __slots__ = (
         "awaits", "computed", "digests", "draw_logprobs", "finished", "key", "logprobs", "pages", "prompt_logprobs",
-        "prompt_top_logprobs", "published", "request", "sample", "stop_at", "stop_reason", "tokens", "top_logprobs",
+        "prompt_top_logprobs", "published", "request", "sample", "stop_at", "stop_reason", "stopped_text", "tokens",
+        "top_logprobs",
     )  # fmt: skip
 
     def __init__(self, request: Request, sample: int, digests: list[Digest]) -> None:
@@ -49,6 +51,7 @@ class Sequence:
         self.prompt_top_logprobs: list[TopLogprobs] = [] if scores_prompt else _NOTHING
         self.stop_reason: int | str | None = None
         self.stop_at: int | None = None
+        self.stopped_text: str | None = None
         self.finished = False
 
     @property

@@ -1,6 +1,7 @@
 """The HTTP endpoints."""
 
 import asyncio
+import dataclasses
 import json
 import math
 import time
@@ -114,6 +115,11 @@ class Service:
             raise ApiError(400, message, param="stop_token_ids")
         return checked
 
+    def within_cache(self, request: requests.Request) -> requests.Request:
+        """The request with no longer answer than the cache has room for, for a client that has named no length."""
+        room = self.sampler.engine.cache_tokens - len(request.ids)
+        return dataclasses.replace(request, limit=min(request.limit, max(1, room)))
+
 
 class Ticket:
     """A request's places in the queue and its jobs, until it is closed."""
@@ -173,9 +179,16 @@ class _EventStream(StreamingResponse):
 
 
 def build_app(
-    sampler: Sampler, *, name: str = "model", limits: Limits | None = None, api_key: str | None = None
+    sampler: Sampler,
+    *,
+    name: str = "model",
+    limits: Limits | None = None,
+    api_key: str | None = None,
+    hosts: frozenset[str] | None = None,
 ) -> tuple[Gate, Service]:
     """The ASGI application, whose engine runs between its startup and shutdown, and what its endpoints share.
+
+    `hosts` are the names that it may be asked under; None for all.
 
     Raises:
         ValueError: when the sampler has no tokenizer, or one of another model.
@@ -212,10 +225,12 @@ def build_app(
         def check() -> list[requests.Request]:
             turns = [message.turn() for message in asked.messages]
             try:
+                requests.check_characters(turns, sampler.model.config, name="messages")
                 ids, _ = render_chat(turns, sampler.tokenizer, add_generation_prompt=True)
             except ValueError as error:
                 raise ApiError(400, str(error), param="messages") from None
-            return [service.check_prompt(ids, params, "messages")]
+            checked = service.check_prompt(ids, params, "messages")
+            return [checked if asked.names_length else service.within_cache(checked)]
 
         return await _answer(service, http, asked, params, 1, check, None)
 
@@ -239,7 +254,8 @@ def build_app(
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    return Gate(app, limits=service.limits, api_key=api_key, answered=_counted(service.metrics)), service
+    answered = _counted(service.metrics)
+    return Gate(app, limits=service.limits, api_key=api_key, hosts=hosts, answered=answered), service
 
 
 def check_tokenizer(sampler: Sampler) -> None:
@@ -413,6 +429,8 @@ def _validation_error(found: Json) -> ApiError:
     steps = found["loc"][1:]
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {found['ctx']['error']}", code="invalid_json")
+    if found["type"] == "string_unicode" and not steps:
+        return ApiError(400, f"{found['input']!a} is not a known field", code="unknown_field")
     if not steps:
         return ApiError(400, "the body must be a JSON object, sent with 'Content-Type: application/json'")
     path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in steps).lstrip(".")

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 
@@ -24,6 +25,8 @@ class Gate:
         app: what is behind it.
         limits: of bodies and of slow clients.
         api_key: asked for everywhere but at /health; None for none.
+        hosts: names in the Host header that are let in; None for all. A web page can give this machine a name of its
+            own and so reach a server that listens for this machine only.
         answered: called with (path, status, seconds) after every request.
 
     Attributes:
@@ -31,9 +34,15 @@ class Gate:
     """
 
     def __init__(
-        self, app: ASGIApp, *, limits: Limits, api_key: str | None, answered: Callable[[str, int, float], None]
+        self,
+        app: ASGIApp,
+        *,
+        limits: Limits,
+        api_key: str | None,
+        hosts: frozenset[str] | None,
+        answered: Callable[[str, int, float], None],
     ) -> None:
-        self.app, self.limits, self.answered = app, limits, answered
+        self.app, self.limits, self.hosts, self.answered = app, limits, hosts, answered
         self._key = None if api_key is None else f"Bearer {api_key}".encode()
         self.open = 0
 
@@ -53,6 +62,7 @@ class Gate:
 
         self.open += 1
         try:
+            self._check_host(scope)
             self._check_key(scope)
             body = await self._body(scope, receive)
             if body is not None:
@@ -65,6 +75,14 @@ class Gate:
         finally:
             self.open -= 1
             self.answered(scope["path"], status, time.monotonic() - began)
+
+    def _check_host(self, scope: Scope) -> None:
+        given = dict(scope["headers"]).get(b"host")
+        if self.hosts is None or given is None:
+            return
+        name = re.sub(r":\d*$", "", given.decode("latin-1")).lower()
+        if name not in self.hosts:
+            raise ApiError(421, f"this server does not answer as {name!r}; ask for 127.0.0.1, or start it with --host")
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] == "/health":

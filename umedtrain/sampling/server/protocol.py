@@ -13,6 +13,8 @@ from umedtrain.sampling.params import MAX_TOP_LOGPROBS, SamplingParams
 Json = dict[str, Any]
 
 _MOST = 2**31 - 1
+# Each of these costs something at every token of every sample, for everyone.
+_MOST_STOPS, _LONGEST_STOP, _MOST_STOP_IDS, _MOST_BIASES = 16, 256, 64, 1024
 # Fields that the official client can send and that have no influence on an answer.
 _IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 # Fields that it can send and that would have one: only these values, which ask for nothing, are taken.
@@ -153,6 +155,13 @@ class _Request(BaseModel):
     def _consistent(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise ApiError(400, "stream_options must be left out when stream is not true", param="stream_options")
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        if len(stops) > _MOST_STOPS or any(len(stop) > _LONGEST_STOP for stop in stops):
+            message = f"stop must be at most {_MOST_STOPS} strings of at most {_LONGEST_STOP} characters"
+            raise ApiError(400, message, param="stop")
+        for name, most in (("stop_token_ids", _MOST_STOP_IDS), ("logit_bias", _MOST_BIASES)):
+            if (given := getattr(self, name)) and len(given) > most:
+                raise ApiError(400, f"{name} must name at most {most} tokens, got {len(given)}", param=name)
         return self
 
     def _params(self, limits: Limits, *, max_tokens: int, n: int, **more: Any) -> SamplingParams:
@@ -267,6 +276,11 @@ class ChatRequest(_Request):
     max_completion_tokens: int | None = Field(None, ge=1, le=_MOST)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+
+    @property
+    def names_length(self) -> bool:
+        """Whether the client has said how long an answer may be."""
+        return self.max_tokens is not None or self.max_completion_tokens is not None
 
     def params(self, limits: Limits, positions: int) -> SamplingParams:
         """For the sampler; without `max_tokens` an answer may be as long as the limits and the model's positions."""

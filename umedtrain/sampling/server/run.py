@@ -1,16 +1,44 @@
 """The server's process: a socket, signals, and an end that waits for answers under way."""
 
 import asyncio
+import math
 import signal
 import socket
 import time
 from types import FrameType
 
+import h11
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from umedtrain.sampling.sampler import Sampler
 from umedtrain.sampling.server.app import build_app
 from umedtrain.sampling.server.protocol import Limits
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+
+
+class _Connection(H11Protocol):
+    """Closed when no whole head of a request arrives within `seconds`; what follows the head, `Gate` times."""
+
+    seconds: float
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._patience = self.loop.call_later(self.seconds, self._give_up)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._patience.cancel()
+        self._patience = self.loop.call_later(self.seconds, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._patience.cancel()
+        super().connection_lost(exc)
+
+    def _give_up(self) -> None:
+        if self.conn.their_state is h11.IDLE:
+            self.transport.close()
 
 
 class Server(uvicorn.Server):
@@ -27,8 +55,10 @@ class Server(uvicorn.Server):
         api_key: that clients must send; None for none.
         drain_seconds: see above.
 
+    On a loopback address and without a key, only requests that name this machine as such are answered.
+
     Raises:
-        ValueError: when the sampler has no tokenizer, or one of another model.
+        ValueError: when the sampler has no tokenizer, or one of another model, or no time to finish is no time.
     """
 
     def __init__(
@@ -42,7 +72,11 @@ class Server(uvicorn.Server):
         api_key: str | None = None,
         drain_seconds: float = 30.0,
     ) -> None:
-        self.gate, self.service = build_app(sampler, name=name, limits=limits, api_key=api_key)
+        if not 0 <= drain_seconds < math.inf:
+            raise ValueError(f"drain_seconds must be 0 or a number of seconds, got {drain_seconds}")
+        limits = limits or Limits()
+        hosts = frozenset({*_LOOPBACK, host.lower()}) if host in _LOOPBACK and api_key is None else None
+        self.gate, self.service = build_app(sampler, name=name, limits=limits, api_key=api_key, hosts=hosts)
         super().__init__(
             uvicorn.Config(
                 self.gate,
@@ -50,6 +84,7 @@ class Server(uvicorn.Server):
                 port=port,
                 access_log=False,
                 log_level="warning",
+                http=type("Connection", (_Connection,), {"seconds": limits.client_seconds}),
                 timeout_graceful_shutdown=1,
                 server_header=False,
                 ws="none",
@@ -77,7 +112,8 @@ class Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             host = f"[{host}]" if ":" in host else host
-            print(f"serving {self.service.name} at http://{host}:{port}/v1", flush=True)
+            room = self.service.sampler.engine.cache_tokens
+            print(f"serving {self.service.name} at http://{host}:{port}/v1, cache of {room:,} tokens", flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end, or end at once when told so again."""
