@@ -284,3 +284,14 @@ def test_an_error_that_one_rank_meets_ends_all_ranks_without_a_hang(files, tmp_p
     assert sentences[0].startswith("[rank 0] error: ")
     for ours in ("recipes", "umedtrain"):
         assert f'File "{ROOT}/{ours}' not in process.stderr, process.stderr
+
+
+def test_a_prompt_without_room_for_an_answer_is_named_by_its_line(files, checkpoint, world, tmp_path):
+    rows = [{"prompt": "What is it?"}, {"prompt": "fever " * 2000}]
+    write_rows(tmp_path / "prompts.jsonl", rows)
+    config = generate.GenerateConfig(
+        output=str(tmp_path / "run"), model=str(checkpoint), prompts=(str(tmp_path / "prompts.jsonl"),), dtype="float32"
+    )
+    with pytest.raises(ValueError) as error:
+        generate.run(config, world)
+    assert_one_sentence(error, "prompts.jsonl, line 2", "no room for an answer")

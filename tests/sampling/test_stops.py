@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+import umedtrain as ut
+from tests.sampling.serving import tiny_model
 from tests.sampling.test_sampler import LetterTokenizer, tiny
 from tests.text.material import MEDICAL, chatml_json, llama2_style, small_sentencepiece
 from umedtrain.sampling import Sampler, SamplingParams
@@ -181,3 +183,22 @@ def test_stop_strings_on_real_tokenizers(tokenizer):
         assert ended.text == answer.text[: answer.text.index(stop)]
         assert ended.stop_reason == stop
         assert ended.tokens == answer.tokens[: len(ended.tokens)]
+
+
+def test_the_text_before_a_stop_string_is_that_which_was_searched(tmp_path):
+    # Bytes that are no text: decoded in one piece, this tokenizer shows other characters for them than in parts.
+    model, tokenizer = tiny_model(tmp_path)
+    ut.save_model(model, tmp_path / "saved", tokenizer=tokenizer)
+    tokenizer = ut.load_tokenizer(tmp_path / "saved")
+    alone = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    bias = {i: 20.0 for i, text in enumerate(alone) if text == "\ufffd"} | {tokenizer.encode("a")[-1]: 21.0}
+    params = [ut.SamplingParams(max_tokens=40, stop="a", seed=seed, logit_bias=bias) for seed in range(40)]
+    stopped = 0
+    for (output,) in ut.Sampler(model, tokenizer).generate([[5, 6]] * len(params), params):
+        growing = GrowingText(tokenizer)
+        for token in output.tokens:
+            growing.push(token)
+        if output.stop_reason == "a":
+            stopped += "\ufffd" in output.text
+            assert output.text == growing.text[: growing.text.index("a")]
+    assert stopped > 5
