@@ -372,6 +372,13 @@ def test_connections_that_never_ask_are_closed(tiny):
             assert time.monotonic() - began < 8
 
 
+def test_sigterm_ends_it_when_nobody_reads_what_it_says(saved):
+    with Process(saved) as live:
+        live.process.stdout.close()
+        live.process.send_signal(signal.SIGTERM)
+        assert live.process.wait(20) == 0
+
+
 def test_a_second_signal_does_not_wait(tmp_path):
     with running(*tiny_model(tmp_path, positions=8192), drain_seconds=60) as live, connect(live, LONG):
         wait_for(lambda: live.sampler.engine.busy)

@@ -1,6 +1,7 @@
 """The server's process: a socket, signals, and an end that waits for answers under way."""
 
 import asyncio
+import contextlib
 import math
 import signal
 import socket
@@ -124,8 +125,9 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_drain, signal.Signals(sig).name)
 
     def _begin_drain(self, reason: str) -> None:
-        print(f"{reason}: finishing {self.gate.open} requests, for {self._drain_seconds:g} s at most", flush=True)
         self._drain = asyncio.ensure_future(self._finish())
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            print(f"{reason}: finishing {self.gate.open} requests, for {self._drain_seconds:g} s at most", flush=True)
 
     async def _finish(self) -> None:
         end = time.monotonic() + self._drain_seconds
