@@ -350,8 +350,10 @@ def test_other_mistakes():
         Sampler(model, LetterTokenizer()).generate([[{"role": "nobody", "content": ""}]], asked)
     with pytest.raises(ValueError, match="1 sampling parameters for 2 prompts"):
         Sampler(model).generate([[1], [2]], [asked])
-    with pytest.raises(ValueError, match=r"prompts\[0\] needs a cache for 1 tokens and 2 new ones"):
-        Sampler(model, cache_bytes=300).generate([[1]], asked)
+    with pytest.raises(ValueError, match=r"prompts\[0\] needs a cache for 15 tokens and 2 new ones"):
+        Sampler(model, cache_bytes=4096).generate([[1] * 15], asked)
+    with pytest.raises(ValueError, match="cache_bytes=300 has no room for a page of 16 tokens"):
+        Sampler(model, cache_bytes=300)
     with pytest.raises(ValueError, match="max_rows must be positive"):
         Sampler(model, max_rows=0)
     with pytest.raises(ValueError, match="model is a RewardModel"):

@@ -87,9 +87,10 @@ class Engine:
         self.weights = Weights(model, quantize=quantize)
         numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * PAGE_SIZE
         pages_of_all = max_rows * -(-config.max_position_embeddings // PAGE_SIZE)
-        num_pages = min(cache_bytes // (numbers * model.lm_head_weight.element_size()), pages_of_all)
-        if num_pages < 1:
+        page_bytes = numbers * model.lm_head_weight.element_size()
+        if cache_bytes < page_bytes:
             raise ValueError(f"cache_bytes={cache_bytes} has no room for a page of {PAGE_SIZE} tokens; raise it")
+        num_pages = min(cache_bytes // page_bytes, pages_of_all)
         self.pool = PagePool(num_pages, PAGE_SIZE)
         # One page more than there are to give: the one that surplus rows of a recorded pass write to.
         self.cache = PagedCache(config, num_pages + 1, PAGE_SIZE, dtype=model.lm_head_weight.dtype, device=self.device)
