@@ -173,3 +173,7 @@ def test_what_only_the_model_can_refuse():
 def test_any_integer_is_a_seed(seed):
     asked = SamplingParams(max_tokens=3, seed=seed)
     assert sampler_of().generate([[1]], asked) == sampler_of().generate([[1]], asked)
+
+
+def test_a_stop_id_that_is_named_twice_is_one():
+    assert SamplingParams(stop_token_ids=[5, 3, 5]).stop_token_ids == (5, 3)

@@ -64,6 +64,11 @@ def test_only_names_of_this_machine_are_answered_on_loopback(tiny):
             assert status(live, host) == 200
         for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "127.0.0.1.evil.example"):
             assert status(live, host) == 421
+    with running(*tiny, host="127.0.0.2") as live:
+        assert status(live, "127.0.0.2") == status(live, "localhost") == 200
+        assert status(live, "evil.example") == 421
+    with running(*tiny, host="0.0.0.0") as live:
+        assert status(live, "evil.example") == 200
     with running(*tiny, api_key="k") as live:
         assert status(live, "evil.example") == 200
 

@@ -82,7 +82,7 @@ class Gate:
             return
         name = re.sub(r":\d*$", "", given.decode("latin-1")).lower()
         if name not in self.hosts:
-            raise ApiError(421, f"this server does not answer as {name!r}; ask for 127.0.0.1, or start it with --host")
+            raise ApiError(421, f"this server does not answer as {name!r}; ask for 127.0.0.1, or give it a key")
 
     def _check_key(self, scope: Scope) -> None:
         if self._key is None or scope["path"] == "/health":

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ipaddress
 import math
 import signal
 import socket
@@ -16,7 +17,7 @@ from umedtrain.sampling.sampler import Sampler
 from umedtrain.sampling.server.app import build_app
 from umedtrain.sampling.server.protocol import Limits
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+_OWN_NAMES = ("localhost", "127.0.0.1", "[::1]")  # as a Host header writes them
 
 
 class _Connection(H11Protocol):
@@ -76,7 +77,7 @@ class Server(uvicorn.Server):
         if not 0 <= drain_seconds < math.inf:
             raise ValueError(f"drain_seconds must be 0 or a number of seconds, got {drain_seconds}")
         limits = limits or Limits()
-        hosts = frozenset({*_LOOPBACK, host.lower()}) if host in _LOOPBACK and api_key is None else None
+        hosts = frozenset({*_OWN_NAMES, host.lower()}) if _is_loopback(host) and api_key is None else None
         self.gate, self.service = build_app(sampler, name=name, limits=limits, api_key=api_key, hosts=hosts)
         super().__init__(
             uvicorn.Config(
@@ -139,6 +140,13 @@ class Server(uvicorn.Server):
         while self.gate.open and time.monotonic() < end:
             await asyncio.sleep(0.02)
         self.should_exit = True
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _listening(host: str, port: int) -> socket.socket:
